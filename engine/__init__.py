@@ -1,0 +1,20 @@
+"""lockstep: sharded checkpoints for DeepSpeed ZeRO, FSDP2 and DDP that any of them loads, at any world size, bit-exactly."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.checkpointer import Checkpointer
+    from engine.data import ElasticSampler
+    from engine.state.progress import Progress
+
+__all__ = ["Checkpointer", "ElasticSampler", "Progress"]
+
+_HOMES = {"Checkpointer": "engine.checkpointer", "ElasticSampler": "engine.data", "Progress": "engine.state.progress"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: ``engine.errors`` and the catalogue commands come without torch."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")

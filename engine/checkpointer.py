@@ -1,0 +1,372 @@
+"""Save and load, told in order. Each step of the two pipelines is a call into the room that knows it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+from torch import nn
+
+from engine import catalog, dcp
+from engine.errors import CheckpointNotFound, EngineError, PeerError, UsageError
+from engine.format.checksum import digest
+from engine.format.layout import LogicalTensor
+from engine.format.manifest import FORMAT, IndexEntry, Manifest
+from engine.format.names import LATEST, step_name
+from engine.format.record import decode_record, encode_record
+from engine.plan.assign import assign_writers
+from engine.plan.match import Allow, Match, match, match_names
+from engine.state.member import Member
+from engine.state.plain import PlainAdapter
+from engine.state.progress import Progress, capture_rng, derive_rng, restore_rng
+from engine.state.shard import Shard
+from engine.state.source import Adapter
+from engine.state.zero import ZeroAdapter
+from engine.storage import LocalStorage
+from engine.sync import current_ranks
+from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
+from engine.transfer.compare import largest_difference
+from engine.transfer.stored import StoredCheckpoint
+
+logger = logging.getLogger("engine")
+
+Missing = Literal["error", "warn", "fresh"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared."""
+
+    described: tuple[LogicalTensor, ...]
+    assigned: tuple[LogicalTensor, ...]
+    digest: bytes
+    numbers: Mapping[str, int]
+
+
+class Checkpointer:
+    """Saves and resumes one run. Every rank makes one, and calls its methods in the same order.
+
+    Args:
+        run: the run's folder; made on the first save.
+        model: the job's only model, if there is one. Its tensors are named ``model.<fqn>``, ``optim.state.<fqn>.<key>``,
+            ``buffers.<name>``.
+        members: further models, each with its name before its tensors' (``generator.model.<fqn>``), and any object with
+            ``state_dict`` and ``load_state_dict`` whose state is plain values (a sampler).
+        config: plain values describing the run, kept in ``run.json``.
+        timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`.
+
+    A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``.
+
+    Raises :class:`~engine.errors.LayoutError` if the live state is not laid out as the engine's adapter expects, and
+    :class:`~engine.errors.UsageError` for an object that is none of these.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        model: Any = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        timeout_seconds: float = 600.0,
+        **members: Any,
+    ) -> None:
+        self._storage = LocalStorage(run)
+        self._config = dict(config or {})
+        self._ranks = current_ranks(timeout_seconds)
+        self._ranks.gather("attach", lambda: self._attach(model, members))
+        self._planner = dcp.ShardSavePlanner()
+        self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
+        self._plan: _Plan | None = None
+        self._parent = ""
+        self._loaded: _Load | None = None
+
+    def _attach(self, model: Any, members: Mapping[str, Any]) -> None:
+        self._models: dict[str, Member] = {}
+        self._others: dict[str, Any] = {}
+        if model is not None:
+            self._models[""] = Member("", _adapter("model", model), self._ranks.rank)
+        for name, member in members.items():
+            if not isinstance(member, (tuple, nn.Module)) and not hasattr(member, "zero_optimization_stage") and hasattr(member, "load_state_dict"):
+                self._others[name] = member
+            else:
+                self._models[name] = Member(f"{name}.", _adapter(name, member), self._ranks.rank)
+        for member in self._models.values():
+            member.check()
+
+    # ------------------------------------------------------------------ save
+
+    def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
+        """Write a checkpoint of all members as step ``progress.step``; returns its folder when it is durable and visible.
+
+        Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise, nothing becomes visible and what was
+        committed before stays as it was. A step that exists is replaced atomically.
+        """
+        progress.metrics = {**progress.metrics, **{k: float(v) for k, v in (metrics or {}).items()}}
+        began = time.perf_counter()
+        shards, record, plan = self._plan_save(progress)
+        attempt = self._ranks.first("begin the save", lambda: begin_attempt(self._storage, progress.step))
+        try:
+            entries = self._ranks.gather("write the shards", lambda: self._write(attempt, plan, shards))
+            manifest = self._manifest(plan, attempt, progress, record, [IndexEntry(*entry) for entry in entries])
+            self._ranks.first("commit", lambda: self._commit(attempt, manifest))
+        except EngineError:
+            if self._ranks.rank == 0:
+                abort_attempt(self._storage, attempt)
+            raise
+        self._parent = step_name(progress.step)
+        seconds = time.perf_counter() - began
+        logger.info("saved %s: %.1f MB by this rank in %.2f s", self._parent, self._writer.bytes_written / 1e6, seconds)
+        return f"{self._storage.root}/{self._parent}"
+
+    def _plan_save(self, progress: Progress) -> tuple[list[Shard], bytes, _Plan]:
+        """Capture live shards and the record; all ranks compare step and tensors. The last plan serves while tensors stay alike."""
+        shards: list[Shard] = []
+        record = b""
+
+        def capture() -> list[Any]:
+            nonlocal record
+            shards.extend(shard for member in self._models.values() for shard in member.shards())
+            record = encode_record(self._record(progress))
+            described = tuple(shard.tensor for shard in shards)
+            if self._plan is None or self._plan.described != described:
+                self._plan = _make_plan(described)
+            return [progress.step, self._plan.digest]
+
+        reports = self._ranks.gather("agree on the save", capture)
+        odd = [rank for rank, other in enumerate(reports) if other != reports[0]]
+        if odd:
+            (step, _), (step_0, _) = reports[odd[0]], reports[0]
+            what = f"save step {step} where rank 0 saves step {step_0}" if step != step_0 else "have other tensors, shapes or layouts than rank 0"
+            raise PeerError(f"ranks {odd[:16]} {what}; all ranks save the same state at the same step")
+        assert self._plan is not None
+        return shards, record, self._plan
+
+    def _record(self, progress: Progress) -> dict[str, Any]:
+        """Everything replicated that is not a tensor."""
+        return {
+            "progress": msgspec.structs.asdict(progress),
+            "models": {name: member.record() for name, member in self._models.items()},
+            "others": {name: other.state_dict() for name, other in self._others.items()},
+            "config": self._config,
+        }
+
+    def _write(self, attempt: str, plan: _Plan, shards: list[Shard]) -> list[Any]:
+        """This rank's files; returns its index's size and digest."""
+        rank = self._ranks.rank
+        handles = {shard.name: dcp.to_save(shard, tensor, rank) for shard, tensor in zip(shards, plan.assigned, strict=True)}
+        self._writer.begin(attempt, plan.numbers, encode_record({"rng": capture_rng()}))
+        dcp.save(handles, self._writer, self._planner)
+        assert self._writer.index_entry is not None
+        return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest]
+
+    def _manifest(self, plan: _Plan, attempt: str, progress: Progress, record: bytes, entries: Sequence[IndexEntry]) -> Manifest:
+        return Manifest(
+            format=FORMAT,
+            engine=", ".join(dict.fromkeys(member.adapter.engine for member in self._models.values())),
+            world_size=self._ranks.world_size,
+            epoch=progress.epoch,
+            step=progress.step,
+            samples=progress.samples,
+            created=time.time(),
+            attempt=attempt,
+            parent=self._parent,
+            metrics=progress.metrics,
+            tensors=plan.assigned,
+            aliases={alias: name for member in self._models.values() for alias, name in member.aliases().items()},
+            indexes=tuple(entries),
+            record=record,
+        )
+
+    def _commit(self, attempt: str, manifest: Manifest) -> None:
+        write_run_file(self._storage, self._config)
+        commit_attempt(self._storage, attempt, manifest)
+
+    # ------------------------------------------------------------------ load
+
+    def resume(
+        self,
+        what: str = LATEST,
+        *,
+        missing: Missing = "error",
+        allow_missing: Sequence[str] = (),
+        allow_unexpected: Sequence[str] = (),
+        allow_cast: Sequence[str] = (),
+    ) -> Progress:
+        """Restore all members from a checkpoint and return how far it had come. Every rank calls this.
+
+        Args:
+            what: ``latest``, ``epoch:N``, ``step:N``, or the path of a step or of another run.
+            missing: where the run has no checkpoint at all: raise, or start fresh with or without a warning.
+            allow_missing, allow_unexpected, allow_cast: see :class:`~engine.plan.match.Allow`.
+
+        Names, shapes and dtypes are compared before anything changes. An error after that says that the live state is partly
+        overwritten.
+        """
+        found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
+        if found is None:
+            return Progress()
+        began = time.perf_counter()
+        stored = self._open(*found)
+        record = decode_record(stored.manifest.record)
+        load = _Load(stored, record, Allow(allow_missing, allow_unexpected, allow_cast))
+        self._ranks.gather("compare the checkpoint with this run", lambda: self._compare(load))
+        try:
+            bytes_read = sum(self._ranks.gather("read the shards", lambda: self._fill(load)))
+            progress = self._restore(load)
+        except EngineError as e:
+            raise type(e)(f"{e}\nThe live state is now partly overwritten: resume from another checkpoint or start anew; do not train on it") from e
+        self._parent, self._loaded = found[1], load
+        self._tell(load, bytes_read, time.perf_counter() - began)
+        return progress
+
+    def _find(self, what: str, missing: Missing) -> list[str] | None:
+        try:
+            storage, folder = catalog.find(self._storage.root, what)
+        except CheckpointNotFound as e:
+            if missing == "error" or what != LATEST:
+                raise
+            logger.log(logging.WARNING if missing == "warn" else logging.INFO, "starting fresh: %s", e)
+            return None
+        return [storage.root, folder]
+
+    def _open(self, root: str, folder: str) -> StoredCheckpoint:
+        """Every rank opens the same manifest: their digests are compared."""
+        opened: list[StoredCheckpoint] = []
+
+        def read() -> bytes:
+            opened.append(StoredCheckpoint(LocalStorage(root), folder))
+            return opened[0].digest
+
+        if len(set(self._ranks.gather("open the checkpoint", read))) > 1:
+            raise PeerError(f"the ranks see different manifests in {root}/{folder}; is the folder on storage that all of them share?")
+        return opened[0]
+
+    def _compare(self, load: _Load) -> None:
+        """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
+        stored = load.stored
+        for name, member in self._models.items():
+            targets = member.targets(stored.tensors, stored.manifest.aliases, load.model_record(name))
+            load.stored_names.update(targets.stored_names)
+            load.scalars += targets.scalars
+            load.tensors += targets.tensors
+            load.states += targets.states
+        live = [shard.tensor for shard in load.tensors] + load.states
+        scalars = [load.stored_names.get(shard.name, shard.name) for shard in load.scalars]
+        load.matched = match(live, stored.tensors, load.stored_names, load.allow, scalars)
+        match_names(self._others, load.record["others"], load.allow)
+        self._read(load, load.scalars)
+        for name, member in self._models.items():
+            member.check_scalars(load.model_record(name))
+
+    def _fill(self, load: _Load) -> int:
+        """Give the optimizers the states that the checkpoint has, then fill everything in place; returns the bytes read."""
+        shards = list(load.tensors)
+        for name, member in self._models.items():
+            shards += member.prepare(load.model_record(name))
+        return self._read(load, [shard for shard in shards if shard.name in load.matched.pairs])
+
+    def _read(self, load: _Load, shards: Sequence[Shard]) -> int:
+        tensors, rank = load.stored.tensors, self._ranks.rank
+        pairings = {s.name: dcp.Pairing(dcp.to_load(s, rank), tensors[load.stored_names.get(s.name, s.name)]) for s in shards}
+        return dcp.load(pairings, load.stored)
+
+    def _restore(self, load: _Load) -> Progress:
+        """Everything that is not a tensor; then what is derived from the masters, and random state last."""
+        progress = msgspec.convert(load.record["progress"], Progress)
+
+        def restore() -> None:
+            for name, member in self._models.items():
+                member.restore(load.model_record(name), progress.step, progress.samples)
+            for name, other in self._others.items():
+                if name in load.record["others"]:
+                    other.load_state_dict(load.record["others"][name])
+                if hasattr(other, "seek"):
+                    other.seek(progress.samples)
+
+        self._ranks.gather("restore counters and hyper-parameters", restore)
+        for member in self._models.values():
+            member.adapter.publish()
+        self._ranks.gather("restore the random state", lambda: self._restore_rng(load, progress))
+        return progress
+
+    def _restore_rng(self, load: _Load, progress: Progress) -> None:
+        rank, stored = self._ranks.rank, load.stored
+        if stored.manifest.world_size == self._ranks.world_size:
+            restore_rng(decode_record(stored.index(rank).record)["rng"])
+            return
+        derive_rng(decode_record(stored.index(0).record)["rng"]["seed"], progress.step, rank)
+        if rank == 0:
+            logger.info("saved on %d ranks, resumed on %d: random state is derived anew from the saved seed", stored.manifest.world_size, self._ranks.world_size)
+
+    def _tell(self, load: _Load, bytes_read: int, seconds: float) -> None:
+        if self._ranks.rank:
+            return
+        m = load.stored.manifest
+        logger.info("resumed %s (%s on %d ranks): %.1f MB read and verified in %.2f s", load.stored.where, m.engine, m.world_size, bytes_read / 1e6, seconds)
+        for what, names in (("kept as they were", load.matched.missing), ("left out", load.matched.unexpected), ("converted", load.matched.cast)):
+            if names:
+                logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")
+
+    def max_difference(self) -> float:
+        """The largest |live − stored| over all tensors of the checkpoint that was resumed last: 0.0 right after a resume.
+
+        Reads the shard files with the safetensors package, not with our reader. Every rank calls this. Tensors that were
+        converted are compared with the converted value.
+        """
+        if self._loaded is None:
+            raise UsageError("max_difference() compares with the checkpoint that was resumed; resume one first")
+        load = self._loaded
+        live = {shard.name: shard for member in self._models.values() for shard in member.shards()}
+        pairs = {name: (shard, load.stored_name(name)) for name, shard in live.items() if load.stored_name(name) in load.stored.tensors}
+        return max(self._ranks.gather("compare with the stored files", lambda: largest_difference(load.stored, pairs, self._ranks.rank)))
+
+    def close(self) -> None:
+        """Nothing is in flight: saves are durable when they return."""
+
+
+@dataclass
+class _Load:
+    """One load under way."""
+
+    stored: StoredCheckpoint
+    record: dict[str, Any]
+    allow: Allow
+    stored_names: dict[str, str] = field(default_factory=dict)
+    scalars: list[Shard] = field(default_factory=list)
+    tensors: list[Shard] = field(default_factory=list)
+    states: list[LogicalTensor] = field(default_factory=list)
+    matched: Match = field(default_factory=Match)
+
+    def model_record(self, name: str) -> dict[str, Any]:
+        return self.record["models"].get(name, {})
+
+    def stored_name(self, live: str) -> str:
+        return self.stored_names.get(live, live)
+
+
+def _make_plan(described: tuple[LogicalTensor, ...]) -> _Plan:
+    names = [tensor.name for tensor in described]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
+    assigned = assign_writers(described)
+    return _Plan(described, assigned, digest(msgspec.msgpack.encode(assigned)), {name: i for i, name in enumerate(names)})
+
+
+def _adapter(name: str, member: Any) -> Adapter:
+    """The adapter for what was given. Raises :class:`UsageError` for anything else."""
+    if hasattr(member, "zero_optimization_stage"):
+        return ZeroAdapter(member)
+    if isinstance(member, nn.Module):
+        return PlainAdapter(member)
+    if isinstance(member, tuple) and 1 <= len(member) <= 3 and isinstance(member[0], nn.Module):
+        return PlainAdapter(*member)
+    raise UsageError(
+        f"member '{name}' is a {type(member).__name__}; give a DeepSpeed engine, a module, a tuple (module, optimizer[, scheduler]), "
+        "or an object with state_dict and load_state_dict"
+    )

@@ -1,0 +1,333 @@
+"""The one binding to ``torch.distributed.checkpoint``: tensors, planners, storage writer and reader.
+
+Saves and loads run through ``dcp.save`` and ``dcp.load`` with ``no_dist=True`` on each rank: the plan of every rank follows from
+layout rules that all ranks know, so there is nothing to gather or scatter, and agreement is ``engine.sync``'s.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from engine.errors import CheckpointCorrupt, UsageError
+from engine.format.checksum import digest
+from engine.format.layout import LogicalTensor
+from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode, index_name
+from engine.plan.image import Image, Source, lay_out
+from engine.plan.reads import absent, wants
+from engine.state.boxes import Box, held_boxes, written_boxes
+from engine.state.shard import Shard, dtype_name, torch_dtype
+from engine.storage import Storage
+from engine.transfer.read import Request, fill
+from engine.transfer.stage import Stager
+from engine.transfer.stored import StoredCheckpoint
+from engine.transfer.write import Written, write_images, write_whole
+
+_KEY = "state"
+"""The one top-level key of the state dict given to DCP: it decorates a call a key, which 10,000 keys would pay for."""
+
+
+class ShardTensor(torch.Tensor):
+    """A rank's shard, speaking DCP's ``_Checkpointable`` protocol: global size, local boxes. A handle, not for computing.
+
+    It must be a ``torch.Tensor``: DCP dispatches to the protocol for tensors only.
+    """
+
+    _shard: Shard
+    _boxes: tuple[Box, ...]
+    _rank: int
+
+    @staticmethod
+    def __new__(cls, shard: Shard, boxes: Sequence[Box], rank: int) -> "ShardTensor":
+        tensor = torch.Tensor._make_wrapper_subclass(cls, shard.tensor.shape, dtype=torch_dtype(shard.tensor.dtype))  # type: ignore[attr-defined]
+        tensor._shard, tensor._boxes, tensor._rank = shard, tuple(boxes), rank
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise UsageError(f"a checkpoint handle cannot compute ({func}); use the live tensor")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"ShardTensor({self._shard.name}, {tuple(self.shape)}, boxes={self._boxes})"
+
+    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
+        size, properties = torch.Size(self._shard.tensor.shape), TensorProperties(dtype=torch_dtype(self._shard.tensor.dtype))
+        items = []
+        for box in self._boxes:
+            chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+            items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, size)))
+        return items
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._boxes]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        for box in self._boxes:
+            if box.offsets == tuple(index.offset or ()):
+                return self._shard.view(box, self._rank)
+        raise UsageError(f"rank {self._rank} has no box of {index.fqn} at {index.offset}")
+
+
+def to_save(shard: Shard, assigned: LogicalTensor, rank: int) -> ShardTensor:
+    """The handle of what ``rank`` writes of a shard, by the assigned writers."""
+    boxes = [box for part in assigned.parts for box in written_boxes(assigned, part, rank)]
+    return ShardTensor(shard, boxes, rank)
+
+
+def to_load(shard: Shard, rank: int) -> ShardTensor:
+    """The handle of what ``rank`` holds of a shard, to be filled."""
+    return ShardTensor(shard, [box for part in shard.tensor.parts for box in held_boxes(shard.tensor, part, rank)], rank)
+
+
+class ShardSavePlanner(SavePlanner):
+    """Plans one rank's writes from the handles alone. Reused while the set of handles' boxes stays the same."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, ShardTensor] = {}
+        self._plan: SavePlan | None = None
+        self._signature: object = None
+
+    def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self._handles = state_dict[_KEY]
+
+    def create_local_plan(self) -> SavePlan:
+        signature = [(name, h._shard.tensor.dtype, h._boxes) for name, h in self._handles.items()]
+        if self._plan is None or signature != self._signature:
+            items = [item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)]
+            self._plan, self._signature = SavePlan(items), signature
+        return self._plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata(state_dict_metadata={})  # the manifest is written from layout rules, not from gathered chunks
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        handle, data = self._handles[write_item.index.fqn], write_item.tensor_data
+        assert data is not None
+        return handle._shard.view(Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)), handle._rank)
+
+
+class ShardWriter(StorageWriter):
+    """Writes one rank's shard files and its index into an attempt's folder. Keeps file layouts while the plan stays the same."""
+
+    def __init__(self, storage: Storage, rank: int) -> None:
+        self._storage = storage
+        self._rank = rank
+        self._stager = Stager()
+        self._folder = ""
+        self._numbers: Mapping[str, int] = {}
+        self._record = b""
+        self._laid_out: tuple[SavePlan, list[Image]] | None = None
+        self._files: list[FileEntry] = []
+        self.index_entry: IndexEntry | None = None
+        self.bytes_written = 0
+
+    def begin(self, folder: str, numbers: Mapping[str, int], record: bytes) -> None:
+        """Where the next save goes; each tensor's number in the manifest; this rank's own record."""
+        self._folder, self._numbers, self._record = folder, numbers, record
+        self.index_entry = None
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """DCP calls this with a path where there is one; the folder comes from :meth:`begin`."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up a save: the folder exists."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if self._laid_out is None or self._laid_out[0] is not plan:
+            self._laid_out = (plan, lay_out([_source(i, item) for i, item in enumerate(plan.items)]))
+        return replace(plan, storage_data=self._laid_out[1])
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        views = [planner.resolve_data(item) for item in plan.items]
+        self._files, places = write_images(self._storage, self._folder, self._rank, plan.storage_data, views, self._stager)  # type: ignore[arg-type]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(item.index, places[i].nbytes, (item, places[i])) for i, item in enumerate(plan.items)])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        chunks = tuple(self._chunk(*result.storage_data) for result in results[0])
+        index = encode(RankIndex(self._rank, tuple(self._files), chunks, self._record))
+        write_whole(self._storage, f"{self._folder}/{index_name(self._rank)}", index)
+        self._storage.sync_folder(self._folder)
+        self.index_entry = IndexEntry(len(index), digest(index))
+        self.bytes_written = len(index) + sum(file.size_bytes for file in self._files)
+
+    def _chunk(self, item: WriteItem, place: Written) -> Chunk:
+        data = item.tensor_data
+        assert data is not None
+        return Chunk(self._numbers[item.index.fqn], tuple(data.chunk.offsets), tuple(data.chunk.sizes), place.file, place.offset, place.nbytes, place.digests)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False  # never picked by path: DCP would not call begin()
+
+
+def _source(number: int, item: WriteItem) -> Source:
+    data = item.tensor_data
+    assert data is not None
+    dtype, sizes = data.properties.dtype, tuple(data.chunk.sizes)
+    return Source(number, item.index.fqn, dtype_name(dtype), tuple(data.chunk.offsets), sizes, dtype.itemsize * torch.Size(sizes).numel())
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A live shard and the stored tensor that fills it."""
+
+    handle: ShardTensor
+    stored: LogicalTensor
+
+
+class ShardLoadPlanner(LoadPlanner):
+    """Plans one rank's reads: which box of which rank's file fills which part of a live box. Checks that all is covered."""
+
+    def __init__(self, pairings: Mapping[str, Pairing]) -> None:
+        self._pairings = pairings
+        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """The pairings hold all that is needed."""
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([item for name, pairing in self._pairings.items() for item in self._items(name, pairing)])
+
+    def _items(self, name: str, pairing: Pairing) -> Iterator[ReadItem]:
+        handle, stored = pairing.handle, pairing.stored
+        for box in handle._boxes:
+            view = handle._shard.view(box, handle._rank)
+            at = torch.Size(box.offsets)
+            self._views[name, box.offsets] = view
+            covered = 0
+            for rank, source, overlap in wants(stored, box):
+                covered += overlap.numel
+                yield ReadItem(
+                    LoadItemType.TENSOR,
+                    MetadataIndex(name, at),
+                    _difference(overlap, box),
+                    MetadataIndex(stored.name, torch.Size(source.offsets), rank),
+                    _difference(overlap, source),
+                    torch.Size(overlap.sizes),
+                )
+            for overlap, value in absent(stored, box):
+                covered += overlap.numel
+                _narrow(view, _difference(overlap, box), overlap.sizes).fill_(value)
+            if covered != box.numel:
+                raise CheckpointCorrupt(f"{name}: the checkpoint covers {covered} of the {box.numel} elements at {list(box.offsets)}")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise UsageError("a lockstep checkpoint holds no byte entries")
+
+    def resolve_bytes(self, read_item: ReadItem) -> Any:
+        raise UsageError("a lockstep checkpoint holds no byte entries")
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self._views[read_item.dest_index.fqn, tuple(read_item.dest_index.offset or ())]
+        return view if view.shape == read_item.lengths else _narrow(view, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Filled in place."""
+
+
+def _difference(inner: Box, outer: Box) -> torch.Size:
+    return torch.Size([a - b for a, b in zip(inner.offsets, outer.offsets, strict=True)])
+
+
+def _narrow(view: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        view = view.narrow(dim, offset, size)
+    return view
+
+
+class ShardReader(StorageReader):
+    """Reads the ranges of a :class:`ShardLoadPlanner`'s plan from a committed step."""
+
+    def __init__(self, stored: StoredCheckpoint) -> None:
+        self._stored = stored
+        self.bytes_read = 0
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """The checkpoint is given open."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Names, shapes and dtypes. Chunks are left out: they follow from the manifest's layout rules."""
+        tensors = {
+            t.name: TensorStorageMetadata(TensorProperties(dtype=torch_dtype(t.dtype)), torch.Size(t.shape), [])
+            for t in self._stored.manifest.tensors
+        }
+        return Metadata(state_dict_metadata=tensors)  # type: ignore[arg-type]
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """The manifest is already read and verified."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        requests = []
+        for item in plan.items:
+            source = item.storage_index
+            assert source.index is not None  # the rank that wrote it, set by our planner
+            chunk = self._stored.chunk(source.fqn, tuple(source.offset or ()), source.index)
+            requests.append(Request(source.index, chunk, Box(tuple(item.storage_offsets), tuple(item.lengths)), planner.resolve_tensor(item)))
+        self.bytes_read += fill(self._stored, requests)
+        for item, request in zip(plan.items, requests, strict=True):
+            planner.commit_tensor(item, request.target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return False
+
+
+def save(handles: dict[str, ShardTensor], writer: ShardWriter, planner: ShardSavePlanner) -> None:
+    """Write this rank's part. No communication."""
+    with _local_call():
+        dcp.save({_KEY: handles}, storage_writer=writer, planner=planner, no_dist=True)
+
+
+def load(pairings: Mapping[str, Pairing], stored: StoredCheckpoint) -> int:
+    """Fill this rank's live shards in place; returns the bytes read. No communication."""
+    reader = ShardReader(stored)
+    with _local_call(), torch.no_grad():
+        handles = {name: pairing.handle for name, pairing in pairings.items()}
+        dcp.load({_KEY: handles}, storage_reader=reader, planner=ShardLoadPlanner(pairings), no_dist=True)
+    return reader.bytes_read
+
+
+@contextlib.contextmanager
+def _local_call() -> Iterator[None]:
+    """DCP warns that a call without communication is unusual, and wraps errors in a BaseException of its own."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as e:
+        error, _ = next(iter(e.failures.values()))
+        raise error from None

@@ -1,0 +1,100 @@
+"""What a load reads: the block runs of stored chunks, sorted by file and offset, neighbours joined."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from engine.format.checksum import BLOCK_BYTES
+from engine.format.dtypes import ITEM_BYTES
+from engine.format.layout import Absent, LogicalTensor
+from engine.state.boxes import Box, flat_span, intersect, part_box, writers
+
+RUN_BYTES = 16 * 1024 * 1024
+"""The longest run that is read at once: the memory a load needs beyond its targets."""
+
+
+def wants(tensor: LogicalTensor, target: Box) -> Iterator[tuple[int, Box, Box]]:
+    """The parts of ``target`` as (rank that wrote it, the stored box it lies in, the overlap). Absent elements are in none."""
+    for part in tensor.parts:
+        yield from writers(tensor, part, target)
+
+
+def absent(tensor: LogicalTensor, target: Box) -> Iterator[tuple[Box, float]]:
+    """The parts of ``target`` that are declared absent, and what to fill them with."""
+    for part in tensor.parts:
+        if isinstance(part.layout, Absent):
+            overlap = intersect(part_box(tensor, part), target)
+            if overlap is not None:
+                yield overlap, part.layout.fill
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Blocks [first_block, stop_block) of a chunk, for some of the caller's items."""
+
+    chunk: int
+    first_block: int
+    stop_block: int
+    offset: int
+    nbytes: int
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """An item's box inside one stored chunk: ``begin`` is the chunk's byte offset in the file."""
+
+    item: int
+    chunk: int
+    sizes: tuple[int, ...]
+    inner: Box
+    dtype: str
+    begin: int
+    nbytes: int
+
+
+def slices(needs: Iterable[Need]) -> Iterator[Slice]:
+    """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``."""
+    by_chunk: dict[int, list[Need]] = {}
+    for need in needs:
+        by_chunk.setdefault(need.chunk, []).append(need)
+    per_piece = RUN_BYTES // BLOCK_BYTES
+    for group in sorted(by_chunk.values(), key=lambda g: g[0].begin):
+        chunk = group[0]
+        if chunk.nbytes <= BLOCK_BYTES:
+            yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, tuple(n.item for n in group))
+            continue
+        spans = [(n, *_block_span(n)) for n in group]
+        for first, stop in _union([(first, stop) for _, first, stop in spans]):
+            for low in range(first, stop, per_piece):
+                high = min(low + per_piece, stop)
+                items = tuple(n.item for n, a, b in spans if a < high and b > low)
+                size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
+                yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, items)
+
+
+def _block_span(need: Need) -> tuple[int, int]:
+    width = ITEM_BYTES[need.dtype]
+    low, high = flat_span(need.sizes, need.inner)
+    return low * width // BLOCK_BYTES, -(-high * width // BLOCK_BYTES)
+
+
+def _union(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, stop in sorted(spans):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((first, stop))
+    return joined
+
+
+def runs(pieces: Iterable[Slice]) -> Iterator[list[Slice]]:
+    """Neighbouring slices, joined while they touch and stay within ``RUN_BYTES``: each list is one read."""
+    run: list[Slice] = []
+    for piece in pieces:
+        if run and (run[-1].offset + run[-1].nbytes != piece.offset or piece.offset + piece.nbytes - run[0].offset > RUN_BYTES):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run

@@ -1,0 +1,1 @@
+"""Training state as logical tensors: geometry, and the adapters that find it in each engine."""

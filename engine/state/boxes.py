@@ -1,0 +1,224 @@
+"""Geometry: flat intervals, boxes, and the boxes that a layout rule gives each rank. Pure integers, no tensors."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.errors import LayoutError
+from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, LogicalTensor, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """An axis-aligned block of an N-D tensor: where it starts and how large it is."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
+
+
+def flat_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The elements [start, stop) of a row-major tensor as boxes, in flat order.
+
+    At most 2N−1 of them for N dimensions, each contiguous in the flat order: a box is a view of the interval, not a copy.
+    """
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,) if shape else (), (stop - start,) if shape else ())]
+    inner = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        return _in_row(shape, first, head, tail)
+    boxes = []
+    if head:
+        boxes += _in_row(shape, first, head, inner)
+        first += 1
+    if last > first:
+        boxes.append(Box((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])))
+    if tail:
+        boxes += _in_row(shape, last, 0, tail)
+    return boxes
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
+    return [Box((row, *b.offsets), (1, *b.sizes)) for b in flat_to_boxes(shape[1:], start, stop)]
+
+
+def flat_start(shape: tuple[int, ...], offsets: tuple[int, ...]) -> int:
+    """The row-major position of an element."""
+    position = 0
+    for extent, offset in zip(shape, offsets, strict=True):
+        position = position * extent + offset
+    return position
+
+
+def flat_span(shape: tuple[int, ...], box: Box) -> tuple[int, int]:
+    """The shortest interval [start, stop) of the row-major order that holds all of a non-empty box."""
+    start = flat_start(shape, box.offsets)
+    return start, flat_start(shape, tuple(o + s - 1 for o, s in zip(box.offsets, box.sizes, strict=True))) + 1
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The common part, or None if it has no element."""
+    offsets = tuple(map(max, a.offsets, b.offsets))
+    sizes = tuple(min(ao + as_, bo + bs) - o for ao, as_, bo, bs, o in zip(a.offsets, a.sizes, b.offsets, b.sizes, offsets, strict=True))
+    return Box(offsets, sizes) if all(size > 0 for size in sizes) else None
+
+
+def shift(box: Box, by: tuple[int, ...], sign: int = 1) -> Box:
+    return Box(tuple(o + sign * d for o, d in zip(box.offsets, by, strict=True)), box.sizes) if by else box
+
+
+def part_box(tensor: LogicalTensor, part: Part) -> Box:
+    return Box(part.offsets, part.sizes) if part.sizes else whole(tensor.shape)
+
+
+def grid_box(grid: Grid, sizes: tuple[int, ...], position: int) -> Box:
+    """The box at a mesh position (row-major), within ``sizes``. Pieces past the end are empty, as DTensor's are."""
+    offsets, extent = [0] * len(sizes), list(sizes)
+    for dim, index, count in zip(grid.dims, unravel(position, grid.mesh.shape), grid.mesh.shape, strict=True):
+        if dim == REPLICATED:
+            continue
+        piece = -(-extent[dim] // count)
+        begin = min(index * piece, extent[dim])
+        offsets[dim] += begin
+        extent[dim] = min(piece, extent[dim] - begin)
+    return Box(tuple(offsets), tuple(extent))
+
+
+def unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for extent in reversed(shape):
+        position, i = divmod(position, extent)
+        index.append(i)
+    return tuple(reversed(index))
+
+
+def holder_number(grid: Grid, position: int) -> int:
+    """Which of the holders of its piece a mesh position is: row-major over the replicated mesh dimensions."""
+    number = 0
+    for dim, index, count in zip(grid.dims, unravel(position, grid.mesh.shape), grid.mesh.shape, strict=True):
+        if dim == REPLICATED:
+            number = number * count + index
+    return number
+
+
+def flat_interval(flat: Flat, numel: int, position: int) -> tuple[int, int]:
+    """The elements [start, stop) of the tensor that lie in the chunk at a mesh position."""
+    begin = position * flat.chunk - flat.start
+    return min(max(begin, 0), numel), min(max(begin + flat.chunk, 0), numel)
+
+
+def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
+    """The non-empty boxes of ``part`` that ``rank`` holds, in the tensor's coordinates, in the order of its local storage."""
+    layout, place = part.layout, part_box(tensor, part)
+    if isinstance(layout, Absent):
+        return []
+    position = layout.mesh.position_of(rank)
+    if position is None:
+        return []
+    if isinstance(layout, Flat):
+        boxes = flat_to_boxes(place.sizes, *flat_interval(layout, place.numel, position))
+    else:
+        box = grid_box(layout, place.sizes, position)
+        boxes = [box] if box.numel or _is_only_empty(layout, place, position) else []
+    return [shift(box, place.offsets) for box in boxes]
+
+
+def _is_only_empty(grid: Grid, place: Box, position: int) -> bool:
+    """An empty tensor is still stored, once: by the first cell. (Stock readers reject further empty boxes.)"""
+    return place.numel == 0 and all(i == 0 for i, d in zip(unravel(position, grid.mesh.shape), grid.dims, strict=True) if d != REPLICATED)
+
+
+def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
+    """The boxes that ``rank`` writes: what it holds, where it is the assigned writer."""
+    layout = part.layout
+    if isinstance(layout, Grid):
+        position = layout.mesh.position_of(rank)
+        if position is None or holder_number(layout, position) != (0 if layout.writer == ANY else layout.writer):
+            return []
+    return held_boxes(tensor, part, rank)
+
+
+def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[int, Box, Box]]:
+    """(rank, the box it wrote, its overlap with ``target``) for each written box of ``part`` that overlaps: computed, not searched."""
+    layout, place = part.layout, part_box(tensor, part)
+    wanted = intersect(place, target)
+    if wanted is None or isinstance(layout, Absent):
+        return
+    local = shift(wanted, place.offsets, -1)
+    if isinstance(layout, Flat):
+        low, high = flat_span(place.sizes, local)
+        last = min((layout.start + high - 1) // layout.chunk, layout.mesh.size - 1)
+        positions: Iterator[int] = iter(range((layout.start + low) // layout.chunk, last + 1))
+    else:
+        positions = _cells(layout, place.sizes, local)
+    for position in positions:
+        rank = layout.mesh.rank_at(position)
+        for box in held_boxes(tensor, part, rank):
+            overlap = intersect(box, wanted)
+            if overlap is not None:
+                yield rank, box, overlap
+
+
+def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> Iterator[int]:
+    """Mesh positions of the assigned writers whose cells may overlap ``target``."""
+    number = 0 if grid.writer == ANY else grid.writer
+    counts = tuple(count for dim, count in zip(grid.dims, grid.mesh.shape, strict=True) if dim == REPLICATED)
+    holder = iter(unravel(number, counts))
+    ranges, split = [], set()
+    for dim, count in zip(grid.dims, grid.mesh.shape, strict=True):
+        if dim == REPLICATED:
+            index = next(holder)
+            ranges.append(range(index, index + 1))
+        elif dim in split:  # cut twice: the inner cut depends on the outer piece; few enough to try all
+            ranges.append(range(count))
+        else:
+            split.add(dim)
+            piece = max(1, -(-sizes[dim] // count))
+            ranges.append(range(target.offsets[dim] // piece, min(count - 1, (target.offsets[dim] + target.sizes[dim] - 1) // piece) + 1))
+    positions = [0]
+    for extent, indices in zip(grid.mesh.shape, ranges, strict=True):
+        positions = [p * extent + i for p in positions for i in indices]
+    yield from positions
+
+
+def check_tiling(tensor: LogicalTensor) -> None:
+    """Raises :class:`LayoutError` unless the parts tile the tensor and each part's rule covers all of it."""
+    places = [part_box(tensor, part) for part in tensor.parts]
+    for place in places:
+        fits = len(place.sizes) == len(tensor.shape) and all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(place.offsets, place.sizes, tensor.shape, strict=True))
+        if not fits:
+            raise LayoutError(f"{tensor.name}: a part at {place.offsets} of size {place.sizes} is outside its shape {tensor.shape}")
+    for i, a in enumerate(places):
+        for b in places[i + 1 :]:
+            if intersect(a, b) is not None:
+                raise LayoutError(f"{tensor.name}: its parts at {a.offsets} and {b.offsets} overlap")
+    if sum(place.numel for place in places) != math.prod(tensor.shape):
+        raise LayoutError(f"{tensor.name}: its parts cover {sum(p.numel for p in places)} of {math.prod(tensor.shape)} elements")
+    for part, place in zip(tensor.parts, places, strict=True):
+        _check_rule(tensor, part, place)
+
+
+def _check_rule(tensor: LogicalTensor, part: Part, place: Box) -> None:
+    layout = part.layout
+    if isinstance(layout, Absent):
+        return
+    if layout.mesh.ranks and (len(layout.mesh.ranks) != layout.mesh.size or len(set(layout.mesh.ranks)) != layout.mesh.size):
+        raise LayoutError(f"{tensor.name}: its mesh {layout.mesh.shape} names {len(layout.mesh.ranks)} ranks")
+    if isinstance(layout, Flat):
+        room = layout.chunk * layout.mesh.size - layout.start
+        if layout.start < 0 or layout.chunk < 1 or room < place.numel:
+            raise LayoutError(
+                f"{tensor.name}: {place.numel} elements at {layout.start} do not fit a flat buffer of {layout.mesh.size} chunks of {layout.chunk}"
+            )
+    elif len(layout.dims) != len(layout.mesh.shape) or any(d != REPLICATED and not 0 <= d < len(place.sizes) for d in layout.dims):
+        raise LayoutError(f"{tensor.name}: mesh {layout.mesh.shape} cannot cut dimensions {layout.dims} of {place.sizes}")

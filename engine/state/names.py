@@ -1,0 +1,59 @@
+"""Fully qualified names (FQNs), the same whatever wraps the module."""
+
+from torch import nn
+
+from engine.errors import LayoutError
+
+# Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, PEFT's wrapped layer.
+_WRAPPER_COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, a DeepSpeed engine or torch.compile."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def normalise(name: str, *, peft: bool = False) -> str:
+    if peft:
+        name = name.removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+
+
+class Names:
+    """The FQN of every parameter and persistent buffer of a module; tied ones have one name, and aliases."""
+
+    def __init__(self, module: nn.Module) -> None:
+        peft = hasattr(module, "peft_config") and hasattr(module, "base_model")
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, str] = {}
+        self.aliases: dict[str, str] = {}
+        self._of: dict[int, str] = {}
+        for raw, parameter in module.named_parameters(remove_duplicate=False):
+            name = normalise(raw, peft=peft)
+            if id(parameter) in self._of:
+                self.aliases[name] = self._of[id(parameter)]
+            elif name in self.parameters:
+                raise LayoutError(f"two parameters are both called {name} once wrapper prefixes are removed ({raw} is one of them)")
+            else:
+                self.parameters[name] = parameter
+                self._of[id(parameter)] = name
+        seen: set[int] = set()
+        for prefix, owner in module.named_modules():
+            for leaf, buffer in owner.named_buffers(recurse=False):
+                if leaf in owner._non_persistent_buffers_set or id(buffer) in seen:
+                    continue
+                seen.add(id(buffer))
+                raw = f"{prefix}.{leaf}" if prefix else leaf
+                self.buffers[normalise(raw, peft=peft)] = raw
+
+    def of(self, parameter: nn.Parameter) -> str:
+        """Raises :class:`LayoutError` for a parameter that the module does not have."""
+        if id(parameter) not in self._of:
+            raise LayoutError(f"a parameter of shape {tuple(parameter.shape)} is in the optimizer but not in the module; give both of the same model")
+        return self._of[id(parameter)]

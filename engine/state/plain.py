@@ -1,0 +1,78 @@
+"""Adapter for a module and a torch optimizer: one process, DDP, FSDP2 (any DTensor placement of Shard and Replicate)."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from engine.errors import UsageError
+from engine.format.layout import REPLICATED, Grid, Mesh
+from engine.state.names import Names, unwrap
+from engine.state.source import Piece, Slot
+
+
+def layout_of(tensor: torch.Tensor) -> Grid:
+    """The layout rule of a DTensor, or of a plain tensor that every rank holds whole.
+
+    Raises :class:`UsageError` for placements that are not a cut into contiguous pieces (Partial, strided shards).
+    """
+    if not isinstance(tensor, DTensor):
+        return replicated()
+    mesh = tensor.device_mesh
+    dims = []
+    for placement in tensor.placements:
+        if isinstance(placement, Replicate):
+            dims.append(REPLICATED)
+        elif type(placement) is Shard:
+            dims.append(placement.dim % max(tensor.ndim, 1))
+        else:
+            raise UsageError(f"a DTensor placed as {tensor.placements} cannot be saved; Shard and Replicate are known")
+    ranks = tuple(mesh.mesh.flatten().tolist())
+    return Grid(Mesh(tuple(mesh.mesh.shape), () if ranks == tuple(range(world_size())) else ranks), tuple(dims))
+
+
+def replicated() -> Grid:
+    return Grid(Mesh((world_size(),)), (REPLICATED,))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The storage of this rank: a view, never a copy."""
+    return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class PlainAdapter:
+    """``module`` may be wrapped in DDP or torch.compile; ``optimizer`` may be None (weights only, a frozen teacher)."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
+        self.module = unwrap(module)
+        self.names = Names(self.module)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        sharded = any(isinstance(p, DTensor) for p in self.names.parameters.values())
+        self.engine = "fsdp2" if sharded else "ddp" if world_size() > 1 else "single"
+
+    def slots(self) -> list[Slot]:
+        groups = self.optimizer.param_groups if self.optimizer else []
+        return [Slot(self._piece(self.names.of(p), p), p, i) for i, group in enumerate(groups) for p in group["params"]]
+
+    def others(self) -> list[Piece]:
+        optimized = {id(p) for group in (self.optimizer.param_groups if self.optimizer else []) for p in group["params"]}
+        return [self._piece(name, p) for name, p in self.names.parameters.items() if id(p) not in optimized]
+
+    def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
+        return Piece(name, tuple(parameter.shape), layout_of(parameter), local_of(parameter))
+
+    def counters(self) -> dict[str, Any]:
+        return {}
+
+    def set_counters(self, counters: dict[str, Any]) -> None:
+        """A torch optimizer has none."""
+
+    def publish(self) -> None:
+        """Parameters are their own masters."""

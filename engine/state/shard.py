@@ -1,0 +1,88 @@
+"""A rank's piece of a logical tensor: the agreed description, and views of the live storage behind it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import LayoutError, UsageError
+from engine.format.layout import Flat, LogicalTensor, Part
+from engine.state.boxes import Box, flat_start, held_boxes, part_box, shift
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL", torch.complex64: "C64", torch.complex128: "C128",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in _NAMES:
+        raise UsageError(f"tensors of {dtype} cannot be saved; convert to one of {sorted(_DTYPES)}")
+    return _NAMES[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return _DTYPES[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What this rank holds of ``tensor``: for each part either a 1-D view of its flat interval (:class:`Flat`) or its N-D box
+    (:class:`Grid`); None for a part it has no share in. The views alias live training state: nothing is copied."""
+
+    tensor: LogicalTensor
+    locals: tuple[torch.Tensor | None, ...]
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    def held(self, rank: int) -> Iterator[tuple[Box, torch.Tensor]]:
+        """The rank's boxes and their live views."""
+        for part, local in zip(self.tensor.parts, self.locals, strict=True):
+            for box in held_boxes(self.tensor, part, rank):
+                if local is None:
+                    raise LayoutError(f"rank {rank}: {self.name} at {box.offsets} should be held here, but there is no storage for it")
+                yield box, _view(self.tensor, part, local, box, rank)
+
+    def view(self, box: Box, rank: int) -> torch.Tensor:
+        """The live view of a box inside what this rank holds."""
+        for part, local in zip(self.tensor.parts, self.locals, strict=True):
+            place = part_box(self.tensor, part)
+            if local is not None and all(p <= b and b + n <= p + m for p, m, b, n in zip(place.offsets, place.sizes, box.offsets, box.sizes, strict=True)):
+                return _view(self.tensor, part, local, box, rank)
+        raise LayoutError(f"rank {rank}: {self.name} at {box.offsets} is not held here")
+
+
+def _view(tensor: LogicalTensor, part: Part, local: torch.Tensor, box: Box, rank: int) -> torch.Tensor:
+    place = part_box(tensor, part)
+    inner = shift(box, place.offsets, -1)
+    held = held_boxes(tensor, part, rank)
+    origin = shift(held[0], place.offsets, -1)
+    if isinstance(part.layout, Flat):
+        begin = flat_start(place.sizes, inner.offsets) - flat_start(place.sizes, origin.offsets)
+        return local.narrow(0, begin, inner.numel).view(inner.sizes)
+    if inner == origin:
+        return local
+    for dim, (offset, base, size) in enumerate(zip(inner.offsets, origin.offsets, inner.sizes, strict=True)):
+        local = local.narrow(dim, offset - base, size)
+    return local
+
+
+def check_shard(shard: Shard, rank: int) -> None:
+    """Raises :class:`LayoutError` unless the live views are as large as the layout rule says they must be."""
+    for part, local in zip(shard.tensor.parts, shard.locals, strict=True):
+        expected = sum(box.numel for box in held_boxes(shard.tensor, part, rank))
+        found = 0 if local is None else local.numel()
+        if expected != found:
+            raise LayoutError(
+                f"rank {rank}: {shard.name} of shape {shard.tensor.shape} should have {expected} elements here by its layout, but {found} are live. "
+                "The engine lays its state out in a way this version does not know"
+            )
+        if local is not None and dtype_name(local.dtype) != shard.tensor.dtype:
+            raise LayoutError(f"rank {rank}: {shard.name} is {local.dtype} here, {shard.tensor.dtype} by its description")

@@ -1,0 +1,64 @@
+"""The seam between engines and the checkpoint: an adapter says where the state lives, everything else is common."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from engine.format.layout import Layout
+from engine.state.names import Names
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A parameter as the checkpoint sees it. ``local`` is this rank's live storage (the fp32 master where there is one): N-D for
+    a Grid layout, 1-D for Flat. ``low`` is the live low-precision copy of the same elements, where there is one."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    local: torch.Tensor
+    low: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter's place in an optimizer: ``optimizer.state[holder]`` is its state, in ``param_groups[group]``.
+
+    ``cut`` is its (offset, length) in a holder that several parameters share (ZeRO's flat buffers), None where the holder is
+    the parameter's own. State tensors as long as the holder are cut alike and laid out like the parameter.
+    """
+
+    piece: Piece
+    holder: torch.Tensor
+    group: int
+    cut: tuple[int, int] | None = None
+
+
+class Adapter(Protocol):
+    """Where one engine keeps its state. Adapters enumerate live storage on each call; they keep no copies."""
+
+    engine: str
+    module: nn.Module
+    names: Names
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+
+    def slots(self) -> list[Slot]:
+        """Every parameter that an optimizer group holds, also where this rank's share of it is empty."""
+        ...
+
+    def others(self) -> list[Piece]:
+        """Every other parameter: frozen, or in no optimizer."""
+        ...
+
+    def counters(self) -> dict[str, Any]:
+        """The engine's own counters and loss-scaler scalars. Raises :class:`UsageError` where state cannot be saved now."""
+        ...
+
+    def set_counters(self, counters: dict[str, Any]) -> None: ...
+
+    def publish(self) -> None:
+        """Derive what training computes with from the restored masters. A collective: every rank calls it, once a load."""
+        ...

@@ -1,0 +1,254 @@
+"""Adapter for DeepSpeed engines: ZeRO stages 0 to 3, in fp32, bf16 (both optimizers) and fp16.
+
+The attributes read here are DeepSpeed's internals (0.19); ``Member`` compares every master with its low-precision copy on
+attach, so a release that lays them out differently is an error there and not a wrong checkpoint.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine.errors import LayoutError, UsageError
+from engine.format.layout import Flat, Mesh
+from engine.state.names import Names, unwrap
+from engine.state.plain import local_of, replicated, world_size
+from engine.state.source import Piece, Slot
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+
+
+class ZeroAdapter:
+    """``engine`` is what ``deepspeed.initialize`` returned."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.module = unwrap(engine.module)
+        self.names = Names(self.module)
+        self.scheduler = engine.lr_scheduler
+        self._wrapper = engine.optimizer
+        stage = engine.zero_optimization_stage()
+        self.engine = f"zero{stage}"
+        self.optimizer = _innermost(self._wrapper)
+        self._partition = _partition_of(stage, self._wrapper)(self._wrapper, self.names)
+
+    def slots(self) -> list[Slot]:
+        return self._partition.slots()
+
+    def others(self) -> list[Piece]:
+        optimized = {slot.piece.name for slot in self.slots()}
+        return [_frozen(name, p) for name, p in self.names.parameters.items() if name not in optimized]
+
+    def counters(self) -> dict[str, Any]:
+        pending = self._engine.micro_steps % self._engine.gradient_accumulation_steps()
+        if pending:
+            raise UsageError(
+                f"save() inside gradient accumulation: {pending} of {self._engine.gradient_accumulation_steps()} micro-batches are in; "
+                "accumulated gradients are not part of a checkpoint. Call it after the step at the accumulation boundary"
+            )
+        found = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
+        scaler = getattr(self._wrapper, "loss_scaler", None)
+        if scaler is not None:
+            found["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
+        return found
+
+    def set_counters(self, counters: dict[str, Any]) -> None:
+        steps = counters["global_steps"]
+        accumulation = self._engine.gradient_accumulation_steps()
+        self._engine.global_steps = steps
+        self._engine.global_samples = counters.get("global_samples", steps * self._engine.train_batch_size())
+        self._engine.skipped_steps = counters.get("skipped_steps", 0)
+        self._engine.micro_steps = steps * accumulation
+        scaler = getattr(self._wrapper, "loss_scaler", None)
+        for name, value in counters.get("loss_scaler", {}).items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        self._partition.publish()
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
+    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+def _partition_of(stage: int, wrapper: Any) -> type:
+    kind = type(wrapper).__name__
+    if stage == 3 and hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        return _Stage3
+    if kind == "BF16_Optimizer":
+        return _BF16
+    if stage in (1, 2) and hasattr(wrapper, "single_partition_of_fp32_groups"):
+        return _Stage12
+    if stage == 0 and (isinstance(wrapper, torch.optim.Optimizer) or wrapper is None):
+        return _Whole
+    if stage == 0 and kind == "FP16_UnfusedOptimizer":
+        return _WholeMasters
+    if stage == 0 and kind == "FP16_Optimizer":
+        return _FlatMasters
+    raise LayoutError(f"DeepSpeed's {kind} at ZeRO stage {stage} is not known to this version; stages 0 to 3 with a torch-style optimizer are")
+
+
+def _frozen(name: str, parameter: nn.Parameter) -> Piece:
+    if not hasattr(parameter, "ds_tensor"):
+        return Piece(name, tuple(parameter.shape), replicated(), local_of(parameter))
+    layout, start, stop = _stage3_rule(parameter)
+    return Piece(name, tuple(parameter.ds_shape), layout, parameter.ds_tensor.detach().view(-1).narrow(0, 0, stop - start))
+
+
+def _mesh(group: Any) -> Mesh:
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Mesh((len(ranks),), () if ranks == tuple(range(world_size())) else ranks)
+
+
+class _Whole:
+    """Stage 0 in fp32: the optimizer holds the module's own parameters."""
+
+    def __init__(self, wrapper: Any, names: Names) -> None:
+        self.wrapper = wrapper
+        self.names = names
+
+    def slots(self) -> list[Slot]:
+        groups = self.wrapper.param_groups if self.wrapper else []
+        return [self._slot(p, p, i) for i, group in enumerate(groups) for p in group["params"]]
+
+    def _slot(self, parameter: nn.Parameter, master: torch.Tensor, group: int) -> Slot:
+        low = parameter.detach() if master is not parameter else None
+        return Slot(Piece(self.names.of(parameter), tuple(parameter.shape), replicated(), master.detach(), low), master, group)
+
+    def publish(self) -> None:
+        """Parameters are their own masters."""
+
+
+class _WholeMasters(_Whole):
+    """Stage 0 in bf16 or fp16 with an unfused optimizer: a whole fp32 master a parameter."""
+
+    def slots(self) -> list[Slot]:
+        w = self.wrapper
+        return [self._slot(p, master, i) for i, (low, high) in enumerate(zip(w.fp16_groups, w.fp32_groups, strict=True)) for p, master in zip(low, high, strict=True)]
+
+    def publish(self) -> None:
+        for slot in self.slots():
+            assert slot.piece.low is not None
+            slot.piece.low.copy_(slot.piece.local)
+
+
+class _Flats:
+    """Parameters lie one after another in flat fp32 buffers, each the only parameter of its optimizer group."""
+
+    def __init__(self, wrapper: Any, names: Names) -> None:
+        self.wrapper = wrapper
+        self.names = names
+
+    def _slots(self, group: int, flat: torch.Tensor, mesh: Mesh, position: int, parameters: list[nn.Parameter], offsets: list[int]) -> list[Slot]:
+        """``offsets``: where each parameter begins in the buffer that all ranks' ``flat`` make together."""
+        slots, chunk = [], flat.numel()
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            begin, end = position * chunk, (position + 1) * chunk
+            start = min(max(offset, begin), end) - begin
+            length = min(max(offset + parameter.numel(), begin), end) - begin - start
+            low = parameter.detach().reshape(-1).narrow(0, begin + start - offset, length) if length else None
+            piece = Piece(self.names.of(parameter), tuple(parameter.shape), Flat(mesh, offset, chunk), flat.detach().narrow(0, start, length), low)
+            slots.append(Slot(piece, flat, group, (start, length)))
+        return slots
+
+
+class _Stage12(_Flats):
+    """DeepSpeedZeroOptimizer: each rank owns one chunk of each group's flat buffer. The order is that of
+    ``round_robin_bit16_groups``, with the optimizer's own offsets (alignment leaves gaps)."""
+
+    def slots(self) -> list[Slot]:
+        w, slots = self.wrapper, []
+        for i, flat in enumerate(w.single_partition_of_fp32_groups):
+            group = w.real_dp_process_group[i]
+            order, offsets = w.round_robin_bit16_groups[i], w.round_robin_bit16_offsets[i]
+            slots += self._slots(i, flat, _mesh(group), dist.get_rank(group), order, [int(o) for o in offsets])
+        return slots
+
+    def publish(self) -> None:
+        self.wrapper.update_lp_params()
+        self.wrapper._hp_optimizer_states_linked = False  # its per-parameter views of the moments may be older than the moments
+        self.wrapper._lazy_init_hp_params_optimizer_state()
+
+
+class _BF16(_Flats):
+    """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation. Parameters lie in group order without gaps."""
+
+    def slots(self) -> list[Slot]:
+        w, slots = self.wrapper, []
+        for i, flat in enumerate(w.fp32_groups_flat_partition):
+            group = w.real_dp_process_group[i]
+            slots += self._slots(i, flat, _mesh(group), dist.get_rank(group), w.bf16_groups[i], _running([p.numel() for p in w.bf16_groups[i]]))
+        return slots
+
+    def publish(self) -> None:
+        self.wrapper.update_lp_params()
+
+
+class _FlatMasters(_Flats):
+    """Stage 0 in bf16 or fp16 with a fused optimizer: one flat fp32 master a group, whole on every rank."""
+
+    def slots(self) -> list[Slot]:
+        w, slots = self.wrapper, []
+        for i, flat in enumerate(w.fp32_groups_flat):
+            for p, offset in zip(w.fp16_groups[i], _running([p.numel() for p in w.fp16_groups[i]]), strict=True):
+                local = flat.detach().narrow(0, offset, p.numel()).view(p.shape)
+                slots.append(Slot(Piece(self.names.of(p), tuple(p.shape), replicated(), local, p.detach()), flat, i, (offset, p.numel())))
+        return slots
+
+    def publish(self) -> None:
+        for slot in self.slots():
+            assert slot.piece.low is not None
+            slot.piece.low.copy_(slot.piece.local)
+
+
+class _Stage3:
+    """Each parameter is cut on its own; the rank's chunks of a sub-group lie one after another in one flat buffer."""
+
+    def __init__(self, wrapper: Any, names: Names) -> None:
+        self.wrapper = wrapper
+        self.names = names
+
+    def slots(self) -> list[Slot]:
+        w, slots = self.wrapper, []
+        for i, parameters in enumerate(w.fp16_groups):
+            flat, offset = w.fp32_partitioned_groups_flat[i], 0
+            for p in parameters:
+                layout, start, stop = _stage3_rule(p)
+                length = stop - start
+                low = p.ds_tensor.detach().view(-1).narrow(0, 0, length)
+                piece = Piece(self.names.of(p), tuple(p.ds_shape), layout, flat.detach().narrow(0, offset, length), low)
+                slots.append(Slot(piece, flat, w.sub_group_to_group_id[i], (offset, length)))
+                offset += layout.chunk
+            if offset > flat.numel():
+                raise LayoutError(f"ZeRO-3 sub-group {i}: its parameters' chunks have {offset} elements, its flat buffer {flat.numel()}")
+        return slots
+
+    def publish(self) -> None:
+        w = self.wrapper
+        w.checkpoint_event_prologue()
+        for i in range(len(w.fp16_groups)):
+            w.fp16_partitioned_groups_flat[i].copy_(w.fp32_partitioned_groups_flat[i])
+            w._unflatten_partitioned_parameters(i)
+        w.checkpoint_event_epilogue()
+        for parameter in self.names.parameters.values():
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # the epilogue forgets frozen ones' hpZ copies
+
+
+def _stage3_rule(parameter: Any) -> tuple[Flat, int, int]:
+    """The layout of a ZeRO-3 parameter and this rank's interval of it. The chunk's tail past the interval is padding."""
+    group = parameter.ds_process_group
+    chunk, numel, position = int(parameter.ds_tensor.ds_numel), int(parameter.ds_numel), dist.get_rank(group)
+    return Flat(_mesh(group), 0, chunk), min(position * chunk, numel), min((position + 1) * chunk, numel)
+
+
+def _running(sizes: list[int]) -> list[int]:
+    totals, total = [], 0
+    for size in sizes:
+        totals.append(total)
+        total += size
+    return totals

@@ -1,0 +1,6 @@
+"""Where checkpoints lie. The one place that touches files; faults are injected here."""
+
+from engine.storage.base import Reader, Storage, Writer
+from engine.storage.local import LocalStorage
+
+__all__ = ["LocalStorage", "Reader", "Storage", "Writer"]

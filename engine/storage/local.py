@@ -1,0 +1,169 @@
+"""Files of a POSIX file system, local or shared."""
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.errors import CheckpointCorrupt, StorageError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_REMEDY = {
+    errno.ENOSPC: "the disk is full; free space or remove old steps. Checkpoints committed before are untouched",
+    errno.EDQUOT: "the disk quota is used up; free space or remove old steps. Checkpoints committed before are untouched",
+    errno.EFBIG: "the file-size limit is reached (ulimit -f). Checkpoints committed before are untouched",
+    errno.EROFS: "the file system is read-only; give a run folder that can be written",
+    errno.EACCES: "permission denied; give a run folder that this user can write",
+    errno.EPERM: "not permitted; give a run folder that this user can write",
+}
+
+
+@contextmanager
+def _told(action: str, path: str) -> Iterator[None]:
+    """Turn the medium's refusals into StorageError; an absent path stays FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise StorageError(f"cannot {action} {path}: {e.strerror or e} — {_REMEDY.get(e.errno or 0, 'see the system log')}") from e
+
+
+class _LocalWriter:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, data: memoryview) -> None:
+        with _told("write", self._path):
+            while data:
+                data = data[os.write(self._fd, data) :]
+
+    def close(self) -> None:
+        with _told("sync", self._path):
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+
+    def abandon(self) -> None:
+        os.close(self._fd)
+
+
+class _LocalReader:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = _open_regular(path)
+        self.size_bytes = os.fstat(self._fd).st_size
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        with _told("read", self._path):
+            while target:
+                count = os.preadv(self._fd, [target], offset)
+                if count == 0:
+                    raise CheckpointCorrupt(f"{self._path} is truncated: it ends at byte {offset}, {len(target)} more are expected")
+                target, offset = target[count:], offset + count
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _open_regular(path: str) -> int:
+    """A checkpoint may be hostile: no link is followed, no FIFO or device opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise CheckpointCorrupt(f"{path} is a symbolic link; a checkpoint holds regular files only") from e
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointCorrupt(f"{path} is not a regular file")
+    return fd
+
+
+class LocalStorage:
+    """See :class:`engine.storage.base.Storage`."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = os.path.abspath(os.fspath(root))
+
+    def path(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with _told("list", self.path(folder)):
+                return os.listdir(self.path(folder))
+        except FileNotFoundError:
+            return []
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(self.path(path))
+
+    def read(self, path: str, limit_bytes: int) -> bytes:
+        reader = self.open(path)
+        try:
+            if reader.size_bytes > limit_bytes:
+                raise CheckpointCorrupt(f"{self.path(path)} has {reader.size_bytes} bytes, at most {limit_bytes} are expected")
+            data = bytearray(reader.size_bytes)
+            reader.read_into(0, memoryview(data))
+            return bytes(data)
+        finally:
+            reader.close()
+
+    def open(self, path: str) -> _LocalReader:
+        with _told("open", self.path(path)):
+            return _LocalReader(self.path(path))
+
+    def create(self, path: str) -> _LocalWriter:
+        with _told("create", self.path(path)):
+            return _LocalWriter(self.path(path))
+
+    def make_folder(self, path: str) -> None:
+        with _told("create folder", self.path(path)):
+            os.makedirs(self.path(path), exist_ok=True)
+
+    def publish(self, hidden: str, visible: str) -> None:
+        source, target = self.path(hidden), self.path(visible)
+        with _told("rename", source):
+            if os.path.lexists(target):
+                _exchange(source, target)
+                self.sync_folder(os.path.dirname(visible))
+                shutil.rmtree(source)
+            else:
+                os.rename(source, target)
+        self.sync_folder(os.path.dirname(visible))
+
+    def point(self, path: str, text: str) -> None:
+        temporary = f"{self.path(path)}.new"
+        with _told("write", self.path(path)):
+            with open(temporary, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path(path))
+        self.sync_folder(os.path.dirname(path))
+
+    def sync_folder(self, path: str) -> None:
+        with _told("sync folder", self.path(path)):
+            fd = os.open(self.path(path), os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def remove_folder(self, path: str) -> None:
+        with _told("remove", self.path(path)):
+            shutil.rmtree(self.path(path))
+
+
+def _exchange(a: str, b: str) -> None:
+    """Swap two folders in one step, so that at no instant is there none. Raises OSError where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"cannot exchange it with {b} ({os.strerror(code)}): remove the existing step first")

@@ -1,0 +1,169 @@
+"""Ranks that act in step, through the job's store: no collective on a training group, no wait without a timeout.
+
+A *round* is: every rank does its part, reports its result or its error, and reads one decision. Rank 0 gathers the reports
+and decides; the decision is a single compare-and-set, so a rank that gives up waiting and rank 0 cannot decide differently.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from engine.errors import EngineError, PeerError, error_class
+
+_POLL_SECONDS = (0.0005, 0.1)  # first and longest pause between two looks at the store
+_GRACE = 1.25  # ranks wait longer for the decision than rank 0 for the reports, so that the decision can name who is missing
+
+
+class Store(Protocol):
+    """What is used of ``torch.distributed.Store``."""
+
+    def set(self, key: str, value: bytes, /) -> Any: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: bytes, /) -> bytes: ...
+    def delete_key(self, key: str, /) -> bool: ...
+
+
+class _Failure(msgspec.Struct):
+    rank: int
+    kind: str
+    message: str
+    trace: str = ""
+
+
+class _Report(msgspec.Struct):
+    value: Any = None
+    failure: _Failure | None = None
+
+
+class _Decision(msgspec.Struct):
+    values: list[Any]
+    failure: _Failure | None = None
+
+
+@dataclass
+class Ranks:
+    """The ranks of one job, seen from one of them.
+
+    Values that travel are what msgpack carries: None, bool, int, float, str, bytes, list, dict.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    store: Store | None = None
+    timeout_seconds: float = 600.0
+    _round: int = 0
+    _broken: str = ""
+
+    def gather(self, what: str, act: Callable[[], Any]) -> list[Any]:
+        """Run ``act`` here and return every rank's result, in rank order.
+
+        Every rank calls this, once a round and in the same order. If one raises, all raise an error of that class that names
+        the rank; if one does not come within ``timeout_seconds``, all raise :class:`PeerError` naming it.
+        """
+        if self.world_size == 1 or self.store is None:
+            return [act()]
+        if self._broken:
+            raise PeerError(f"rank {self.rank}: the ranks are out of step since an earlier failure ({self._broken}); restart the job")
+        report, error = _Report(), None
+        try:
+            report.value = act()
+        except Exception as e:  # noqa: BLE001 - becomes every rank's error below
+            error = e
+            report.failure = _Failure(self.rank, type(e).__name__, str(e), "".join(traceback.format_exception(e)))
+        decision = self._exchange(what, report)
+        failure = decision.failure
+        if failure is None:
+            return decision.values
+        if error is not None and failure.rank == self.rank:
+            raise error
+        kind = error_class(failure.kind)
+        detail = failure.message if issubclass(kind, EngineError) and kind.__name__ == failure.kind else failure.trace
+        raise kind(f"{what}: rank {failure.rank} failed: {detail or failure.message}")
+
+    def first(self, what: str, act: Callable[[], Any]) -> Any:
+        """Run ``act`` on rank 0 only; every rank returns its result, or raises its error. Every rank calls this."""
+        return self.gather(what, act if self.rank == 0 else lambda: None)[0]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Every rank calls this with the value that must be the same everywhere; a difference is every rank's error."""
+        values = self.gather(what, lambda: value)
+        odd = [rank for rank, other in enumerate(values) if other != values[0]]
+        if odd:
+            raise PeerError(f"{what}: rank 0 has {values[0]!r}, but rank {odd[0]} has {values[odd[0]]!r} (ranks that differ from 0: {odd[:16]})")
+
+    def _exchange(self, what: str, report: _Report) -> _Decision:
+        assert self.store is not None
+        self._round += 1
+        prefix = f"lockstep/{self._round}"
+        try:
+            self.store.set(f"{prefix}/{self.rank}", msgspec.msgpack.encode(report))
+            if self.rank == 0:
+                decision = self._decide(what, prefix)
+                raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(decision))
+                self._forget(self._round - 1)
+            elif self._wait([f"{prefix}/decision"], self.timeout_seconds * _GRACE):
+                raw = self.store.get(f"{prefix}/decision")
+            else:
+                lost = _Failure(0, "PeerError", f"rank {self.rank} waited {self.timeout_seconds * _GRACE:.0f} s for rank 0; it is dead, stuck or much slower")
+                raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], lost)))
+        except (RuntimeError, OSError) as e:  # torch raises DistStoreError/DistNetworkError, both RuntimeErrors
+            self._broken = f"{what}: the job's store is lost"
+            raise PeerError(f"{what}: rank {self.rank} lost the job's store ({e}); the process that hosts it has ended. Restart the job.") from e
+        decision = msgspec.msgpack.decode(raw, type=_Decision)
+        if decision.failure is not None and decision.failure.kind == "PeerError":
+            self._broken = f"{what}: {decision.failure.message}"
+        return decision
+
+    def _decide(self, what: str, prefix: str) -> _Decision:
+        assert self.store is not None
+        keys = [f"{prefix}/{rank}" for rank in range(self.world_size)]
+        if not self._wait(keys, self.timeout_seconds):
+            missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            message = f"ranks {missing[:16]} did not report within {self.timeout_seconds:.0f} s; look at their logs for a crash or a hang"
+            return _Decision([], _Failure(missing[0] if missing else 0, "PeerError", message))
+        reports = [msgspec.msgpack.decode(self.store.get(key), type=_Report) for key in keys]
+        failures = [report.failure for report in reports if report.failure is not None]
+        if failures:
+            return _Decision([], failures[0])
+        return _Decision([report.value for report in reports])
+
+    def _wait(self, keys: list[str], timeout_seconds: float) -> bool:
+        """Polls, because the store's own wait cannot be interrupted and reports each time-out to stderr."""
+        assert self.store is not None
+        deadline = time.monotonic() + timeout_seconds
+        pause, longest = _POLL_SECONDS
+        while not self.store.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.5, longest)
+        return True
+
+    def _forget(self, past: int) -> None:
+        """Delete a past round's keys: all ranks reported to the present one, so all have read that decision."""
+        assert self.store is not None
+        for key in [*map(str, range(self.world_size)), "decision"]:
+            self.store.delete_key(f"lockstep/{past}/{key}")
+
+
+_instances = 0
+
+
+def current_ranks(timeout_seconds: float = 600.0) -> Ranks:
+    """The ranks of ``torch.distributed``'s default group; one rank where it is not initialised.
+
+    Every rank calls this the same number of times, in the same order: each call opens a name space of its own in the store.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(timeout_seconds=timeout_seconds)
+    global _instances
+    _instances += 1
+    store = dist.PrefixStore(f"lockstep-{_instances}", dist.distributed_c10d._get_default_store())  # the one store every job has
+    return Ranks(dist.get_rank(), dist.get_world_size(), store, timeout_seconds)

@@ -1,0 +1,56 @@
+"""Compare live state with the files of a step, read by the safetensors package: a second opinion on our own reader."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from safetensors import safe_open
+
+from engine.format.dtypes import STORED_AS_BYTES
+from engine.state.boxes import Box, intersect
+from engine.state.shard import Shard, torch_dtype
+from engine.transfer.stored import StoredCheckpoint
+
+
+def largest_difference(stored: StoredCheckpoint, pairs: Mapping[str, tuple[Shard, str]], rank: int) -> float:
+    """The largest |live − stored| over what ``rank`` holds; inf where only one is NaN. ``pairs``: live name → (shard, stored name).
+    Elements that are declared absent, in no file, are not compared."""
+    wanted: dict[str, list[Shard]] = {}
+    for shard, name in pairs.values():
+        if stored.tensors[name].dtype not in STORED_AS_BYTES:
+            wanted.setdefault(name, []).append(shard)
+    largest = 0.0
+    for path in _files(stored):
+        with safe_open(path, framework="pt") as file:
+            sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                for shard in wanted.get(name, ()):
+                    saved = file.get_slice(name)
+                    largest = max(largest, _difference(shard, saved, tuple(sharding[name]["saved_offsets"]), rank))
+    return largest
+
+
+def _files(stored: StoredCheckpoint) -> list[str]:
+    names = {file.name for rank in range(stored.manifest.world_size) for file in stored.index(rank).files}
+    return [f"{stored.where}/{name}" for name in sorted(names)]
+
+
+def _difference(shard: Shard, saved, offsets: tuple[int, ...], rank: int) -> float:  # noqa: ANN001 - safetensors' slice type is not exported
+    box, largest = Box(offsets, tuple(saved.get_shape())), 0.0
+    for held, view in shard.held(rank):
+        overlap = intersect(held, box)
+        if overlap is None:
+            continue
+        theirs = saved[tuple(slice(o - b, o - b + n) for o, b, n in zip(overlap.offsets, box.offsets, overlap.sizes, strict=True))]
+        mine = view[tuple(slice(o - b, o - b + n) for o, b, n in zip(overlap.offsets, held.offsets, overlap.sizes, strict=True))]
+        largest = max(largest, _gap(mine.cpu(), theirs.to(torch_dtype(shard.tensor.dtype))))
+    return largest
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    if torch.equal(a, b):
+        return 0.0
+    gap = (a.double() - b.double()).abs()
+    both_nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    gap = gap.masked_fill(both_nan | (a == b), 0.0)
+    return float(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).max())

@@ -1,0 +1,130 @@
+"""Read: sorted range reads, every block verified before its elements reach their targets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import CheckpointCorrupt
+from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
+from engine.format.dtypes import ITEM_BYTES
+from engine.format.manifest import Chunk, FileEntry
+from engine.plan.reads import RUN_BYTES, Need, Slice, runs, slices
+from engine.state.boxes import Box, flat_to_boxes, intersect
+from engine.state.shard import torch_dtype
+from engine.storage import Reader
+from engine.transfer.stored import REMEDY, StoredCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Fill ``target`` (of ``inner``'s sizes, any dtype and strides) from ``inner``, a box within a chunk of ``rank``'s index."""
+
+    rank: int
+    chunk: int
+    inner: Box
+    target: torch.Tensor
+
+
+def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
+    """Carry out the requests; returns the bytes read. Raises :class:`CheckpointCorrupt` naming file, tensor and writing rank."""
+    by_file: dict[tuple[int, int], list[Need]] = {}
+    for i, request in enumerate(requests):
+        chunk = stored.index(request.rank).chunks[request.chunk]
+        if chunk.nbytes:
+            dtype = stored.manifest.tensors[chunk.tensor].dtype
+            need = Need(i, request.chunk, chunk.sizes, request.inner, dtype, chunk.offset, chunk.nbytes)
+            by_file.setdefault((request.rank, chunk.file), []).append(need)
+    buffer = torch.empty(RUN_BYTES, dtype=torch.uint8) if by_file else torch.empty(0, dtype=torch.uint8)
+    return sum(_FileReader(stored, rank, number, requests, buffer).fill(needs) for (rank, number), needs in sorted(by_file.items()))
+
+
+class _FileReader:
+    def __init__(self, stored: StoredCheckpoint, rank: int, number: int, requests: Sequence[Request], buffer: torch.Tensor) -> None:
+        self._stored = stored
+        self._rank = rank
+        self._index = stored.index(rank)
+        self._file: FileEntry = self._index.files[number]
+        self._requests = requests
+        self._buffer = buffer
+        self._bytes = memoryview(buffer.numpy())
+
+    def fill(self, needs: list[Need]) -> int:
+        by_item = {need.item: need for need in needs}
+        total = 0
+        reader = self._open()
+        try:
+            self._check_header(reader)
+            for run in runs(slices(needs)):
+                begin = run[0].offset
+                size_bytes = run[-1].offset + run[-1].nbytes - begin
+                reader.read_into(begin, self._bytes[:size_bytes])
+                total += size_bytes
+                self._take(run, by_item)
+        finally:
+            reader.close()
+        return total
+
+    def _open(self) -> Reader:
+        path = f"{self._stored.where}/{self._file.name}"
+        try:
+            reader = self._stored.storage.open(self._stored.path(self._file.name))
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{path}, written by rank {self._rank}, is missing. {REMEDY}") from None
+        if reader.size_bytes != self._file.size_bytes:
+            reader.close()
+            raise CheckpointCorrupt(f"{path}, written by rank {self._rank}, has {reader.size_bytes} bytes, {self._file.size_bytes} expected. {REMEDY}")
+        return reader
+
+    def _check_header(self, reader: Reader) -> None:
+        header = memoryview(bytearray(self._file.header_bytes))
+        reader.read_into(0, header)
+        if digest(header) != self._file.header_digest:
+            raise CheckpointCorrupt(f"{self._stored.where}/{self._file.name}, written by rank {self._rank}: its header has changed. {REMEDY}")
+
+    def _take(self, run: list[Slice], by_item: dict[int, Need]) -> None:
+        """Verify a run, then copy: whole chunks of one dtype in one batch, pieces of chunks one by one."""
+        begin = run[0].offset
+        sources: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        for piece in run:
+            chunk = self._index.chunks[piece.chunk]
+            low = piece.offset - begin
+            self._verify(chunk, piece, self._bytes[low : low + piece.nbytes])
+            data = self._buffer[low : low + piece.nbytes]
+            for item in piece.items:
+                need, target = by_item[item], self._requests[item].target
+                aligned = data if low % ITEM_BYTES[need.dtype] == 0 else data.clone()  # never needed for files in our order
+                flat = aligned.view(torch_dtype(need.dtype))
+                if piece.nbytes == chunk.nbytes and need.inner.sizes == chunk.sizes:
+                    sources.append(flat.view(chunk.sizes))
+                    targets.append(target)
+                else:
+                    _copy_piece(flat, chunk.sizes, piece.first_block * BLOCK_BYTES // flat.element_size(), need.inner, target)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _verify(self, chunk: Chunk, piece: Slice, data: memoryview) -> None:
+        for block in range(piece.first_block, piece.stop_block):
+            at = (block - piece.first_block) * BLOCK_BYTES
+            if digest(data[at : at + BLOCK_BYTES]) != chunk.digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]:
+                tensor = self._stored.manifest.tensors[chunk.tensor]
+                first = chunk.offset + block * BLOCK_BYTES
+                raise CheckpointCorrupt(
+                    f"{self._stored.where}/{self._file.name}, written by rank {self._rank}: {tensor.name} at {list(chunk.offsets)} has changed: "
+                    f"the checksum of bytes {first} to {min(first + BLOCK_BYTES, chunk.offset + chunk.nbytes)} does not match. {REMEDY}"
+                )
+
+
+def _copy_piece(flat: torch.Tensor, sizes: tuple[int, ...], start: int, inner: Box, target: torch.Tensor) -> None:
+    """``flat`` holds the elements from ``start`` on of a chunk of ``sizes``; copy those inside ``inner`` to ``target``."""
+    position = 0
+    for box in flat_to_boxes(sizes, start, start + flat.numel()):
+        overlap = intersect(box, inner)
+        if overlap is not None:
+            source, goal = flat[position : position + box.numel].view(box.sizes), target
+            for dim in range(len(sizes)):
+                source = source.narrow(dim, overlap.offsets[dim] - box.offsets[dim], overlap.sizes[dim])
+                goal = goal.narrow(dim, overlap.offsets[dim] - inner.offsets[dim], overlap.sizes[dim])
+            goal.copy_(source)
+        position += box.numel
