@@ -5,6 +5,7 @@ import glob
 import multiprocessing as mp
 import os
 import shutil
+import sys
 import tempfile
 import traceback
 import uuid
@@ -83,6 +84,7 @@ class Pool:
 def _serve(pipe: Connection, rank: int, world_size: int, folder: str, name: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR=os.path.basename(folder), MASTER_PORT="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # built by `make setup`
     import torch
     import torch.distributed as dist
 

@@ -59,6 +59,8 @@ class Zoo(nn.Module):
             for tensor in [*self.parameters(), self.shift]:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2 + (1.0 if tensor.ndim == 1 else 0.0))
 
+    shift: torch.Tensor
+
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         x_BTD = self.embed(ids_BT[:, :-1])
         c_BT = self.conv(x_BTD.unsqueeze(1)).mean((1, 3))
@@ -99,7 +101,8 @@ class Trained:
     def whole_parameters(self) -> dict[str, torch.Tensor]:
         """Gathered by the engine's own means, to check the checkpoint against. Every rank calls this."""
         found = {}
-        for name, p in self.module.named_parameters():
+        named: Any = self.module.named_parameters()
+        for name, p in named:
             with _gathered(p):
                 found[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
         return found
@@ -109,7 +112,7 @@ class Trained:
             self.member.destroy()
 
 
-def _gathered(parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+def _gathered(parameter: Any) -> contextlib.AbstractContextManager:
     if not hasattr(parameter, "ds_tensor"):
         return contextlib.nullcontext()
     import deepspeed
@@ -168,7 +171,12 @@ def _deepspeed(model: Zoo, engine: str, dtype: str, accumulation: int, zero: dic
     stage = int(engine[4])
     options: dict[str, Any] = {"stage": stage, **zero}
     if stage == 3:
-        options |= {"stage3_param_persistence_threshold": 20, "sub_group_size": 700, "stage3_prefetch_bucket_size": 200, "stage3_max_live_parameters": 1000}
+        options |= {
+            "stage3_param_persistence_threshold": 20,
+            "sub_group_size": 700,
+            "stage3_prefetch_bucket_size": 200,
+            "stage3_max_live_parameters": 1000,
+        }
         options["memory_efficient_linear"] = False  # it replaces F.linear for the whole process
     config: dict[str, Any] = {
         "train_batch_size": GLOBAL_BATCH,
@@ -186,7 +194,7 @@ def _deepspeed(model: Zoo, engine: str, dtype: str, accumulation: int, zero: dic
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     optimizer = torch.optim.AdamW(param_groups(model), betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up)
+    scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up)
     with warnings.catch_warnings(), open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         warnings.simplefilter("ignore")
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config, dist_init_required=False)

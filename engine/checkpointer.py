@@ -46,6 +46,7 @@ class _Plan:
     assigned: tuple[LogicalTensor, ...]
     digest: bytes
     numbers: Mapping[str, int]
+    planner: dcp.ShardSavePlanner
 
 
 class Checkpointer:
@@ -79,7 +80,6 @@ class Checkpointer:
         self._config = dict(config or {})
         self._ranks = current_ranks(timeout_seconds)
         self._ranks.gather("attach", lambda: self._attach(model, members))
-        self._planner = dcp.ShardSavePlanner()
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
         self._parent = ""
@@ -134,7 +134,7 @@ class Checkpointer:
             record = encode_record(self._record(progress))
             described = tuple(shard.tensor for shard in shards)
             if self._plan is None or self._plan.described != described:
-                self._plan = _make_plan(described)
+                self._plan = _make_plan(described, self._ranks.rank)
             return [progress.step, self._plan.digest]
 
         reports = self._ranks.gather("agree on the save", capture)
@@ -157,10 +157,8 @@ class Checkpointer:
 
     def _write(self, attempt: str, plan: _Plan, shards: list[Shard]) -> list[Any]:
         """This rank's files; returns its index's size and digest."""
-        rank = self._ranks.rank
-        handles = {shard.name: dcp.to_save(shard, tensor, rank) for shard, tensor in zip(shards, plan.assigned, strict=True)}
         self._writer.begin(attempt, plan.numbers, encode_record({"rng": capture_rng()}))
-        dcp.save(handles, self._writer, self._planner)
+        dcp.save(shards, self._writer, plan.planner)
         assert self._writer.index_entry is not None
         return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest]
 
@@ -301,13 +299,19 @@ class Checkpointer:
             return
         derive_rng(decode_record(stored.index(0).record)["rng"]["seed"], progress.step, rank)
         if rank == 0:
-            logger.info("saved on %d ranks, resumed on %d: random state is derived anew from the saved seed", stored.manifest.world_size, self._ranks.world_size)
+            logger.info(
+                "saved on %d ranks, resumed on %d: random state is derived anew from the saved seed",
+                stored.manifest.world_size,
+                self._ranks.world_size,
+            )
 
     def _tell(self, load: _Load, bytes_read: int, seconds: float) -> None:
         if self._ranks.rank:
             return
         m = load.stored.manifest
-        logger.info("resumed %s (%s on %d ranks): %.1f MB read and verified in %.2f s", load.stored.where, m.engine, m.world_size, bytes_read / 1e6, seconds)
+        logger.info(
+            "resumed %s (%s on %d ranks): %.1f MB read and verified in %.2f s", load.stored.where, m.engine, m.world_size, bytes_read / 1e6, seconds
+        )
         for what, names in (("kept as they were", load.matched.missing), ("left out", load.matched.unexpected), ("converted", load.matched.cast)):
             if names:
                 logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")
@@ -349,13 +353,14 @@ class _Load:
         return self.stored_names.get(live, live)
 
 
-def _make_plan(described: tuple[LogicalTensor, ...]) -> _Plan:
+def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
     names = [tensor.name for tensor in described]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
     assigned = assign_writers(described)
-    return _Plan(described, assigned, digest(msgspec.msgpack.encode(assigned)), {name: i for i, name in enumerate(names)})
+    numbers = {name: i for i, name in enumerate(names)}
+    return _Plan(described, assigned, digest(msgspec.msgpack.encode(assigned)), numbers, dcp.ShardSavePlanner(assigned, rank))
 
 
 def _adapter(name: str, member: Any) -> Adapter:

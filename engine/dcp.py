@@ -14,7 +14,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -47,7 +57,7 @@ class ShardTensor(torch.Tensor):
     _rank: int
 
     @staticmethod
-    def __new__(cls, shard: Shard, boxes: Sequence[Box], rank: int) -> "ShardTensor":
+    def __new__(cls: type["ShardTensor"], shard: Shard, boxes: Sequence[Box], rank: int) -> "ShardTensor":
         tensor = torch.Tensor._make_wrapper_subclass(cls, shard.tensor.shape, dtype=torch_dtype(shard.tensor.dtype))  # type: ignore[attr-defined]
         tensor._shard, tensor._boxes, tensor._rank = shard, tuple(boxes), rank
         return tensor
@@ -79,33 +89,31 @@ class ShardTensor(torch.Tensor):
         raise UsageError(f"rank {self._rank} has no box of {index.fqn} at {index.offset}")
 
 
-def to_save(shard: Shard, assigned: LogicalTensor, rank: int) -> ShardTensor:
-    """The handle of what ``rank`` writes of a shard, by the assigned writers."""
-    boxes = [box for part in assigned.parts for box in written_boxes(assigned, part, rank)]
-    return ShardTensor(shard, boxes, rank)
-
-
 def to_load(shard: Shard, rank: int) -> ShardTensor:
     """The handle of what ``rank`` holds of a shard, to be filled."""
     return ShardTensor(shard, [box for part in shard.tensor.parts for box in held_boxes(shard.tensor, part, rank)], rank)
 
 
 class ShardSavePlanner(SavePlanner):
-    """Plans one rank's writes from the handles alone. Reused while the set of handles' boxes stays the same."""
+    """Plans one rank's writes. The plan follows from the assigned writers alone: one planner serves every save of the same
+    tensors, with the handles of the moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, assigned: Sequence[LogicalTensor], rank: int) -> None:
+        self._rank = rank
+        self._boxes = [[box for part in tensor.parts for box in written_boxes(tensor, part, rank)] for tensor in assigned]
         self._handles: dict[str, ShardTensor] = {}
         self._plan: SavePlan | None = None
-        self._signature: object = None
+
+    def handles(self, shards: Sequence[Shard]) -> dict[str, ShardTensor]:
+        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``."""
+        return {shard.name: ShardTensor(shard, boxes, self._rank) for shard, boxes in zip(shards, self._boxes, strict=True) if boxes}
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
         self._handles = state_dict[_KEY]
 
     def create_local_plan(self) -> SavePlan:
-        signature = [(name, h._shard.tensor.dtype, h._boxes) for name, h in self._handles.items()]
-        if self._plan is None or signature != self._signature:
-            items = [item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)]
-            self._plan, self._signature = SavePlan(items), signature
+        if self._plan is None:
+            self._plan = SavePlan([item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)])
         return self._plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -172,7 +180,9 @@ class ShardWriter(StorageWriter):
     def _chunk(self, item: WriteItem, place: Written) -> Chunk:
         data = item.tensor_data
         assert data is not None
-        return Chunk(self._numbers[item.index.fqn], tuple(data.chunk.offsets), tuple(data.chunk.sizes), place.file, place.offset, place.nbytes, place.digests)
+        return Chunk(
+            self._numbers[item.index.fqn], tuple(data.chunk.offsets), tuple(data.chunk.sizes), place.file, place.offset, place.nbytes, place.digests
+        )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -306,10 +316,10 @@ class ShardReader(StorageReader):
         return False
 
 
-def save(handles: dict[str, ShardTensor], writer: ShardWriter, planner: ShardSavePlanner) -> None:
+def save(shards: Sequence[Shard], writer: ShardWriter, planner: ShardSavePlanner) -> None:
     """Write this rank's part. No communication."""
     with _local_call():
-        dcp.save({_KEY: handles}, storage_writer=writer, planner=planner, no_dist=True)
+        dcp.save({_KEY: planner.handles(shards)}, storage_writer=writer, planner=planner, no_dist=True)
 
 
 def load(pairings: Mapping[str, Pairing], stored: StoredCheckpoint) -> int:

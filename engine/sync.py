@@ -109,7 +109,9 @@ class Ranks:
             elif self._wait([f"{prefix}/decision"], self.timeout_seconds * _GRACE):
                 raw = self.store.get(f"{prefix}/decision")
             else:
-                lost = _Failure(0, "PeerError", f"rank {self.rank} waited {self.timeout_seconds * _GRACE:.0f} s for rank 0; it is dead, stuck or much slower")
+                lost = _Failure(
+                    0, "PeerError", f"rank {self.rank} waited {self.timeout_seconds * _GRACE:.0f} s for rank 0; it is dead, stuck or much slower"
+                )
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], lost)))
         except (RuntimeError, OSError) as e:  # torch raises DistStoreError/DistNetworkError, both RuntimeErrors
             self._broken = f"{what}: the job's store is lost"
@@ -165,5 +167,6 @@ def current_ranks(timeout_seconds: float = 600.0) -> Ranks:
         return Ranks(timeout_seconds=timeout_seconds)
     global _instances
     _instances += 1
-    store = dist.PrefixStore(f"lockstep-{_instances}", dist.distributed_c10d._get_default_store())  # the one store every job has
+    default: Any = dist.distributed_c10d._get_default_store()  # the one store that every job has
+    store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_instances}", default)
     return Ranks(dist.get_rank(), dist.get_world_size(), store, timeout_seconds)

@@ -47,7 +47,9 @@ def find(run: str | os.PathLike[str], what: str) -> tuple[Storage, str]:
     other = LocalStorage(path)
     if steps(other):
         return other, _latest(other)
-    raise CheckpointNotFound(_nothing(f"'{what}' is neither a step nor a run with steps" if os.path.isdir(path) else f"there is no folder {path}", storage))
+    raise CheckpointNotFound(
+        _nothing(f"'{what}' is neither a step nor a run with steps" if os.path.isdir(path) else f"there is no folder {path}", storage)
+    )
 
 
 def _latest(storage: Storage) -> str:
@@ -57,11 +59,12 @@ def _latest(storage: Storage) -> str:
         raise CheckpointNotFound(_nothing("there is no checkpoint", storage))
     try:
         name = storage.read(LATEST, _MAX_POINTER_BYTES).decode(errors="replace").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, CheckpointCorrupt):  # a pointer is a convenience: nothing depends on a sound one
         name = ""
     if any(step.name == name for step in found):
         return name
-    logger.warning("%s/%s %s; taking %s, the highest step", storage.root, LATEST, f"names {name!r}, which is gone" if name else "is missing", found[-1].name)
+    problem = f"names {name!r}, which is gone" if name else "is missing or unreadable"
+    logger.warning("%s/%s %s; taking %s, the highest step", storage.root, LATEST, problem, found[-1].name)
     return found[-1].name
 
 

@@ -7,7 +7,7 @@ BLOCK_BYTES = 128 * 1024
 """Divides by every item size, so that no element lies across two blocks."""
 
 
-def digest(data) -> bytes:
+def digest(data: bytes | bytearray | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 

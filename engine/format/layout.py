@@ -4,8 +4,6 @@ A rule stays a few bytes at any world size, tiles its tensor by construction, an
 needs. ``engine.state.boxes`` turns rules into boxes.
 """
 
-
-
 from msgspec import Struct
 
 REPLICATED = -1
@@ -82,6 +80,3 @@ class LogicalTensor(Struct, frozen=True, array_like=True):
     dtype: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-
-
-

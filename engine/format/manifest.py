@@ -96,11 +96,13 @@ def decode(data: bytes, kind: type[T], where: str) -> T:
     """Raises :class:`CheckpointCorrupt` naming ``where`` for anything that is not exactly one sound envelope of that kind."""
     if len(data) < _ENVELOPE.size:
         raise CheckpointCorrupt(f"{where} is truncated: {len(data)} bytes, at least {_ENVELOPE.size} expected")
-    magic, version, number, _, size_bytes, stored = _ENVELOPE.unpack_from(data)
+    magic, version, number, zero, size_bytes, stored = _ENVELOPE.unpack_from(data)
     if magic != _MAGIC:
         raise CheckpointCorrupt(f"{where} is not a lockstep file: it starts with {bytes(magic)!r}")
     if version > FORMAT:
         raise CheckpointCorrupt(f"{where} has format {version}; this version reads up to {FORMAT}. Upgrade lockstep")
+    if zero:
+        raise CheckpointCorrupt(f"{where}: its head has changed: {zero} where 0 is expected")
     payload = data[_ENVELOPE.size :]
     if len(payload) != size_bytes:
         raise CheckpointCorrupt(f"{where} is truncated or has bytes added: {len(payload)} bytes after its head, {size_bytes} expected")
@@ -115,6 +117,6 @@ def decode(data: bytes, kind: type[T], where: str) -> T:
 def _decode_payload(payload: bytes, kind: type[T], where: str) -> T:
     try:
         value: Any = msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.MsgspecError, RecursionError) as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:  # ValueError: text that is not UTF-8
         raise CheckpointCorrupt(f"{where} does not follow the format: {e}") from e
     return value

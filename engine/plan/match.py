@@ -33,7 +33,9 @@ class Match:
     cast: list[str] = field(default_factory=list)
 
 
-def match(live: Iterable[LogicalTensor], stored: Mapping[str, LogicalTensor], stored_names: Mapping[str, str], allow: Allow, also_used: Iterable[str] = ()) -> Match:
+def match(
+    live: Iterable[LogicalTensor], stored: Mapping[str, LogicalTensor], stored_names: Mapping[str, str], allow: Allow, also_used: Iterable[str] = ()
+) -> Match:
     """Pair live tensors with stored ones. Raises :class:`IncompatibleCheckpoint` listing every difference of both sides."""
     found = Match()
     used = set(also_used)

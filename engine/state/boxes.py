@@ -74,6 +74,7 @@ def intersect(a: Box, b: Box) -> Box | None:
 
 
 def shift(box: Box, by: tuple[int, ...], sign: int = 1) -> Box:
+    """``by`` may be empty, for no shift: the offsets of a part that is the whole tensor."""
     return Box(tuple(o + sign * d for o, d in zip(box.offsets, by, strict=True)), box.sizes) if by else box
 
 
@@ -111,6 +112,11 @@ def holder_number(grid: Grid, position: int) -> int:
     return number
 
 
+def holders(grid: Grid) -> int:
+    """How many ranks hold each piece."""
+    return math.prod(count for dim, count in zip(grid.dims, grid.mesh.shape, strict=True) if dim == REPLICATED)
+
+
 def flat_interval(flat: Flat, numel: int, position: int) -> tuple[int, int]:
     """The elements [start, stop) of the tensor that lie in the chunk at a mesh position."""
     begin = position * flat.chunk - flat.start
@@ -130,7 +136,7 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     else:
         box = grid_box(layout, place.sizes, position)
         boxes = [box] if box.numel or _is_only_empty(layout, place, position) else []
-    return [shift(box, place.offsets) for box in boxes]
+    return [shift(box, part.offsets) for box in boxes]
 
 
 def _is_only_empty(grid: Grid, place: Box, position: int) -> bool:
@@ -154,7 +160,10 @@ def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[in
     wanted = intersect(place, target)
     if wanted is None or isinstance(layout, Absent):
         return
-    local = shift(wanted, place.offsets, -1)
+    if isinstance(layout, Grid) and set(layout.dims) == {REPLICATED}:
+        yield layout.mesh.rank_at(max(layout.writer, 0)), place, wanted
+        return
+    local = shift(wanted, part.offsets, -1)
     if isinstance(layout, Flat):
         low, high = flat_span(place.sizes, local)
         last = min((layout.start + high - 1) // layout.chunk, layout.mesh.size - 1)
@@ -194,8 +203,15 @@ def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> Iterator[int]:
 def check_tiling(tensor: LogicalTensor) -> None:
     """Raises :class:`LayoutError` unless the parts tile the tensor and each part's rule covers all of it."""
     places = [part_box(tensor, part) for part in tensor.parts]
+    if any(len(part.offsets) != len(part.sizes) for part in tensor.parts):
+        raise LayoutError(f"{tensor.name}: a part has not as many offsets as sizes")
+    if len(places) == 1 and not tensor.parts[0].sizes:
+        _check_rule(tensor, tensor.parts[0], places[0])
+        return
     for place in places:
-        fits = len(place.sizes) == len(tensor.shape) and all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(place.offsets, place.sizes, tensor.shape, strict=True))
+        fits = len(place.sizes) == len(tensor.shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(place.offsets, place.sizes, tensor.shape, strict=True)
+        )
         if not fits:
             raise LayoutError(f"{tensor.name}: a part at {place.offsets} of size {place.sizes} is outside its shape {tensor.shape}")
     for i, a in enumerate(places):
@@ -212,6 +228,8 @@ def _check_rule(tensor: LogicalTensor, part: Part, place: Box) -> None:
     layout = part.layout
     if isinstance(layout, Absent):
         return
+    if any(extent < 1 for extent in layout.mesh.shape):
+        raise LayoutError(f"{tensor.name}: a mesh of shape {layout.mesh.shape}")
     if layout.mesh.ranks and (len(layout.mesh.ranks) != layout.mesh.size or len(set(layout.mesh.ranks)) != layout.mesh.size):
         raise LayoutError(f"{tensor.name}: its mesh {layout.mesh.shape} names {len(layout.mesh.ranks)} ranks")
     if isinstance(layout, Flat):
@@ -222,3 +240,5 @@ def _check_rule(tensor: LogicalTensor, part: Part, place: Box) -> None:
             )
     elif len(layout.dims) != len(layout.mesh.shape) or any(d != REPLICATED and not 0 <= d < len(place.sizes) for d in layout.dims):
         raise LayoutError(f"{tensor.name}: mesh {layout.mesh.shape} cannot cut dimensions {layout.dims} of {place.sizes}")
+    elif not ANY <= layout.writer < holders(layout):
+        raise LayoutError(f"{tensor.name}: writer {layout.writer} is none of the {holders(layout)} that hold a piece")

@@ -106,7 +106,9 @@ class Member:
         self._scalars = targets.scalars = optim.scalar_targets(prefix, slots, self._stored_state)
         targets.states = optim.describe(prefix, a.optimizer, slots, self._stored_state)
         for fqn, states in self._stored_state.items():
-            targets.stored_names.update({f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"})
+            targets.stored_names.update(
+                {f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"}
+            )
         return targets
 
     def _states(self, stored: dict[str, LogicalTensor], names: list[str]) -> dict[str, dict[str, LogicalTensor]]:

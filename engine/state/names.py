@@ -1,5 +1,7 @@
 """Fully qualified names (FQNs), the same whatever wraps the module."""
 
+from typing import Any
+
 from torch import nn
 
 from engine.errors import LayoutError
@@ -11,7 +13,7 @@ _WRAPPER_COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, a DeepSpeed engine or torch.compile."""
     while True:
-        inner = getattr(module, "_orig_mod", None)
+        inner: Any = getattr(module, "_orig_mod", None)
         if inner is None and type(module).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
             inner = module.module
         if inner is None:

@@ -50,9 +50,13 @@ def _elementwise(name: str, slot: Slot, value: torch.Tensor) -> Shard:
     piece = slot.piece
     if slot.cut is None:
         same = value.shape == slot.holder.shape
-        return tensor_shard(name, tuple(value.shape), piece.layout if same and type(value) is type(slot.holder) else layout_of(value), local_of(value))
+        return tensor_shard(
+            name, tuple(value.shape), piece.layout if same and type(value) is type(slot.holder) else layout_of(value), local_of(value)
+        )
     if value.numel() != slot.holder.numel():
-        raise LayoutError(f"{name}: a state of {tuple(value.shape)} for a flat buffer of {slot.holder.numel()} elements cannot be told apart by parameter")
+        raise LayoutError(
+            f"{name}: a state of {tuple(value.shape)} for a flat buffer of {slot.holder.numel()} elements cannot be told apart by parameter"
+        )
     local = local_of(value).view(-1).narrow(0, *slot.cut)
     return tensor_shard(name, piece.shape, piece.layout, local.view(piece.shape) if isinstance(piece.layout, Grid) else local)
 
@@ -142,7 +146,9 @@ def _describe(kind: Any) -> str:
     return f"{dict(scalars)}" if states else "no optimizer state"
 
 
-def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]]) -> list[LogicalTensor]:
+def describe(
+    prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]]
+) -> list[LogicalTensor]:
     """The state tensors as :func:`allocate` will leave them, to be compared with the checkpoint's before anything changes."""
     described = []
     for slot in slots:
@@ -158,7 +164,9 @@ def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot
     return described
 
 
-def allocate(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]], scalars: dict[str, dict[str, Any]]) -> None:
+def allocate(
+    optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]], scalars: dict[str, dict[str, Any]]
+) -> None:
     """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped."""
     for holder, shared in by_holder(slots):
         name = shared[0].piece.name

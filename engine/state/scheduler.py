@@ -9,7 +9,7 @@ _POSITION = {"last_epoch", "last_batch_iteration"}  # constructor arguments in n
 def position(scheduler: Any) -> dict[str, Any]:
     """The scalars of its ``state_dict`` that its constructor does not take; nested schedulers likewise."""
     configured = set(inspect.signature(type(scheduler).__init__).parameters) - _POSITION
-    state = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (bool, int, float, type(None))) and k not in configured}
+    state: dict[str, Any] = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (bool, int, float, type(None))) and k not in configured}
     if hasattr(scheduler, "_schedulers"):
         state["_schedulers"] = [position(inner) for inner in scheduler._schedulers]
     return state

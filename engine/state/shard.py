@@ -30,6 +30,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of bytes."""
+    return memoryview(tensor.numpy())  # pyright: ignore[reportArgumentType]  # NumPy's arrays are buffers from Python 3.12 on for pyright
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What this rank holds of ``tensor``: for each part either a 1-D view of its flat interval (:class:`Flat`) or its N-D box
@@ -53,22 +58,24 @@ class Shard:
     def view(self, box: Box, rank: int) -> torch.Tensor:
         """The live view of a box inside what this rank holds."""
         for part, local in zip(self.tensor.parts, self.locals, strict=True):
-            place = part_box(self.tensor, part)
-            if local is not None and all(p <= b and b + n <= p + m for p, m, b, n in zip(place.offsets, place.sizes, box.offsets, box.sizes, strict=True)):
+            if local is not None and (not part.sizes or _inside(box, part_box(self.tensor, part))):
                 return _view(self.tensor, part, local, box, rank)
         raise LayoutError(f"rank {rank}: {self.name} at {box.offsets} is not held here")
 
 
+def _inside(inner: Box, outer: Box) -> bool:
+    return all(p <= b and b + n <= p + m for p, m, b, n in zip(outer.offsets, outer.sizes, inner.offsets, inner.sizes, strict=True))
+
+
 def _view(tensor: LogicalTensor, part: Part, local: torch.Tensor, box: Box, rank: int) -> torch.Tensor:
-    place = part_box(tensor, part)
-    inner = shift(box, place.offsets, -1)
-    held = held_boxes(tensor, part, rank)
-    origin = shift(held[0], place.offsets, -1)
-    if isinstance(part.layout, Flat):
-        begin = flat_start(place.sizes, inner.offsets) - flat_start(place.sizes, origin.offsets)
-        return local.narrow(0, begin, inner.numel).view(inner.sizes)
-    if inner == origin:
+    if local.shape == box.sizes:  # a box this large can only be all that is held
         return local
+    inner = shift(box, part.offsets, -1)
+    origin = shift(held_boxes(tensor, part, rank)[0], part.offsets, -1)
+    if isinstance(part.layout, Flat):
+        sizes = part.sizes or tensor.shape
+        begin = flat_start(sizes, inner.offsets) - flat_start(sizes, origin.offsets)
+        return local.narrow(0, begin, inner.numel).view(inner.sizes)
     for dim, (offset, base, size) in enumerate(zip(inner.offsets, origin.offsets, inner.sizes, strict=True)):
         local = local.narrow(dim, offset - base, size)
     return local

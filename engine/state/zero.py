@@ -47,7 +47,7 @@ class ZeroAdapter:
                 f"save() inside gradient accumulation: {pending} of {self._engine.gradient_accumulation_steps()} micro-batches are in; "
                 "accumulated gradients are not part of a checkpoint. Call it after the step at the accumulation boundary"
             )
-        found = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
+        found: dict[str, Any] = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
         scaler = getattr(self._wrapper, "loss_scaler", None)
         if scaler is not None:
             found["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
@@ -93,7 +93,7 @@ def _partition_of(stage: int, wrapper: Any) -> type:
     raise LayoutError(f"DeepSpeed's {kind} at ZeRO stage {stage} is not known to this version; stages 0 to 3 with a torch-style optimizer are")
 
 
-def _frozen(name: str, parameter: nn.Parameter) -> Piece:
+def _frozen(name: str, parameter: Any) -> Piece:
     if not hasattr(parameter, "ds_tensor"):
         return Piece(name, tuple(parameter.shape), replicated(), local_of(parameter))
     layout, start, stop = _stage3_rule(parameter)
@@ -129,7 +129,11 @@ class _WholeMasters(_Whole):
 
     def slots(self) -> list[Slot]:
         w = self.wrapper
-        return [self._slot(p, master, i) for i, (low, high) in enumerate(zip(w.fp16_groups, w.fp32_groups, strict=True)) for p, master in zip(low, high, strict=True)]
+        return [
+            self._slot(p, master, i)
+            for i, (low, high) in enumerate(zip(w.fp16_groups, w.fp32_groups, strict=True))
+            for p, master in zip(low, high, strict=True)
+        ]
 
     def publish(self) -> None:
         for slot in self.slots():

@@ -17,6 +17,7 @@ _REMEDY = {
     errno.EFBIG: "the file-size limit is reached (ulimit -f). Checkpoints committed before are untouched",
     errno.EROFS: "the file system is read-only; give a run folder that can be written",
     errno.EACCES: "permission denied; give a run folder that this user can write",
+    errno.ENOTDIR: "a part of that path is a file; give the path of a run folder",
     errno.EPERM: "not permitted; give a run folder that this user can write",
 }
 

@@ -11,7 +11,7 @@ from engine.format.dtypes import ITEM_BYTES
 from engine.format.manifest import Chunk, FileEntry
 from engine.plan.reads import RUN_BYTES, Need, Slice, runs, slices
 from engine.state.boxes import Box, flat_to_boxes, intersect
-from engine.state.shard import torch_dtype
+from engine.state.shard import bytes_of, torch_dtype
 from engine.storage import Reader
 from engine.transfer.stored import REMEDY, StoredCheckpoint
 
@@ -31,6 +31,12 @@ def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
     by_file: dict[tuple[int, int], list[Need]] = {}
     for i, request in enumerate(requests):
         chunk = stored.index(request.rank).chunks[request.chunk]
+        if any(o + n > size for o, n, size in zip(request.inner.offsets, request.inner.sizes, chunk.sizes, strict=True)):
+            name = stored.manifest.tensors[chunk.tensor].name
+            raise CheckpointCorrupt(
+                f"{stored.where}, written by rank {request.rank}: {name} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
+                f"but elements up to {[o + n for o, n in zip(request.inner.offsets, request.inner.sizes, strict=True)]} of it are needed. {REMEDY}"
+            )
         if chunk.nbytes:
             dtype = stored.manifest.tensors[chunk.tensor].dtype
             need = Need(i, request.chunk, chunk.sizes, request.inner, dtype, chunk.offset, chunk.nbytes)
@@ -47,7 +53,7 @@ class _FileReader:
         self._file: FileEntry = self._index.files[number]
         self._requests = requests
         self._buffer = buffer
-        self._bytes = memoryview(buffer.numpy())
+        self._bytes = bytes_of(buffer)
 
     def fill(self, needs: list[Need]) -> int:
         by_item = {need.item: need for need in needs}
@@ -73,7 +79,9 @@ class _FileReader:
             raise CheckpointCorrupt(f"{path}, written by rank {self._rank}, is missing. {REMEDY}") from None
         if reader.size_bytes != self._file.size_bytes:
             reader.close()
-            raise CheckpointCorrupt(f"{path}, written by rank {self._rank}, has {reader.size_bytes} bytes, {self._file.size_bytes} expected. {REMEDY}")
+            raise CheckpointCorrupt(
+                f"{path}, written by rank {self._rank}, has {reader.size_bytes} bytes, {self._file.size_bytes} expected. {REMEDY}"
+            )
         return reader
 
     def _check_header(self, reader: Reader) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from engine.format.checksum import BLOCK_BYTES
 from engine.plan.image import Image
-from engine.state.shard import torch_dtype
+from engine.state.boxes import flat_to_boxes
+from engine.state.shard import bytes_of, torch_dtype
 
 WINDOW_BYTES = 16 * 1024 * 1024
 """What a save copies at once: the host memory it needs beyond training. A multiple of the checksum block."""
@@ -61,17 +62,17 @@ class Stager:
                 torch._foreach_copy_(list(targets), sources)
             first = last
         end = image.entries[stop - 1].offset + image.entries[stop - 1].nbytes - base
-        return memoryview(window.numpy())[:end]
+        return bytes_of(window)[:end]
 
     def _pieces(self, view: torch.Tensor) -> Iterator[memoryview]:
         if view.device.type == "cpu" and view.is_contiguous():
-            data = memoryview(view.reshape(-1).view(torch.uint8).numpy())
+            data = bytes_of(view.reshape(-1).view(torch.uint8))
             yield from (data[i : i + WINDOW_BYTES] for i in range(0, len(data), WINDOW_BYTES))
             return
         window = self._own_window()
         for piece, size_bytes in _flat_pieces(view):
             window[:size_bytes].view(view.dtype).copy_(piece)
-            yield memoryview(window.numpy())[:size_bytes]
+            yield bytes_of(window)[:size_bytes]
 
     def _own_window(self) -> torch.Tensor:
         if self._window is None:
@@ -86,8 +87,6 @@ def _flat_pieces(view: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
         for piece in view.view(-1).split(count):
             yield piece, piece.numel() * view.element_size()
         return
-    from engine.state.boxes import flat_to_boxes
-
     for start in range(0, view.numel(), count):
         boxes = flat_to_boxes(tuple(view.shape), start, min(start + count, view.numel()))
         parts = []

@@ -6,7 +6,7 @@ import re
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, LayoutError
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, block_count, digest
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import LogicalTensor
+from engine.format.layout import Absent, Layout, LogicalTensor
 from engine.format.manifest import MANIFEST, MAX_ENVELOPE_BYTES, Chunk, Manifest, RankIndex, decode, index_name
 from engine.state.boxes import check_tiling
 from engine.storage import Storage
@@ -63,7 +63,9 @@ class StoredCheckpoint:
             self._places[rank] = {(chunk.tensor, chunk.offsets): i for i, chunk in enumerate(self.index(rank).chunks)}
         found = self._places[rank].get((self._numbers[name], offsets))
         if found is None:
-            raise CheckpointCorrupt(f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}")
+            raise CheckpointCorrupt(
+                f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
+            )
         return found
 
 
@@ -71,17 +73,26 @@ REMEDY = "Restore the file from a copy, or resume from another step (step:N)"
 
 
 def _check_manifest(manifest: Manifest, where: str) -> None:
-    if len(manifest.indexes) != manifest.world_size:
+    if len(manifest.indexes) != manifest.world_size or manifest.world_size < 1:
         raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {manifest.world_size}")
     if len({tensor.name for tensor in manifest.tensors}) != len(manifest.tensors):
         raise CheckpointCorrupt(f"{where}: a tensor is listed twice")
     for tensor in manifest.tensors:
         if tensor.dtype not in ITEM_BYTES or len(tensor.shape) > _MAX_DIMS or any(n < 0 for n in tensor.shape):
             raise CheckpointCorrupt(f"{where}: {tensor.name} has dtype {tensor.dtype} and shape {list(tensor.shape)}")
+        if any(_has_other_ranks(part.layout, manifest.world_size) for part in tensor.parts):
+            raise CheckpointCorrupt(f"{where}: {tensor.name} is laid out over ranks that a world size of {manifest.world_size} does not have")
         try:
             check_tiling(tensor)
         except LayoutError as e:
             raise CheckpointCorrupt(f"{where}: {e}") from e
+
+
+def _has_other_ranks(layout: Layout, world_size: int) -> bool:
+    if isinstance(layout, Absent):
+        return False
+    ranks = layout.mesh.ranks
+    return layout.mesh.size > world_size if not ranks else min(ranks) < 0 or max(ranks) >= world_size
 
 
 def _check_index(index: RankIndex, rank: int, tensors: tuple[LogicalTensor, ...], where: str) -> None:

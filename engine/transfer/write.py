@@ -22,7 +22,9 @@ class Written:
     digests: bytes
 
 
-def write_images(storage: Storage, folder: str, rank: int, images: Sequence[Image], views: Sequence[torch.Tensor], stager: Stager) -> tuple[list[FileEntry], dict[int, Written]]:
+def write_images(
+    storage: Storage, folder: str, rank: int, images: Sequence[Image], views: Sequence[torch.Tensor], stager: Stager
+) -> tuple[list[FileEntry], dict[int, Written]]:
     """``views[item]`` is the live tensor of each item of the images. Returns the files, and each item's place."""
     files, places = [], {}
     for number, image in enumerate(images):

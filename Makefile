@@ -1,0 +1,30 @@
+# Everything runs in its own .venv; `make setup` is part of each target and does nothing the second time.
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+
+.PHONY: setup demo test check bench clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt .ci/setup
+	.ci/setup $(VENV)
+	touch $@
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: setup
+	for name in tiny_tensors memory matrix; do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Operations for partly frozen vocabularies, one folder an operation. This version has none yet."""
