@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +38,20 @@ from engine.transfer.stored import StoredCheckpoint
 logger = logging.getLogger("engine")
 
 Missing = Literal["error", "warn", "fresh"]
+
+_PARTLY = "The live state is now partly overwritten: resume from another checkpoint or start anew; do not train on it"
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Plans are many small objects that all live on: a full collection among them scans the whole interpreter for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -100,6 +116,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ save
 
+    @_collector_paused()
     def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
         """Write a checkpoint of all members as step ``progress.step``; returns its folder when it is durable and visible.
 
@@ -114,7 +131,7 @@ class Checkpointer:
             entries = self._ranks.gather("write the shards", lambda: self._write(attempt, plan, shards))
             manifest = self._manifest(plan, attempt, progress, record, [IndexEntry(*entry) for entry in entries])
             self._ranks.first("commit", lambda: self._commit(attempt, manifest))
-        except EngineError:
+        except BaseException:
             if self._ranks.rank == 0:
                 abort_attempt(self._storage, attempt)
             raise
@@ -186,6 +203,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ load
 
+    @_collector_paused()
     def resume(
         self,
         what: str = LATEST,
@@ -217,7 +235,10 @@ class Checkpointer:
             bytes_read = sum(self._ranks.gather("read the shards", lambda: self._fill(load)))
             progress = self._restore(load)
         except EngineError as e:
-            raise type(e)(f"{e}\nThe live state is now partly overwritten: resume from another checkpoint or start anew; do not train on it") from e
+            raise type(e)(f"{e}\n{_PARTLY}") from e
+        except Exception as e:
+            e.add_note(_PARTLY)
+            raise
         self._parent, self._loaded = found[1], load
         self._tell(load, bytes_read, time.perf_counter() - began)
         return progress
@@ -269,6 +290,8 @@ class Checkpointer:
         return self._read(load, [shard for shard in shards if shard.name in load.matched.pairs])
 
     def _read(self, load: _Load, shards: Sequence[Shard]) -> int:
+        if not shards:
+            return 0
         tensors, rank = load.stored.tensors, self._ranks.rank
         pairings = {s.name: dcp.Pairing(dcp.to_load(s, rank), tensors[load.stored_names.get(s.name, s.name)]) for s in shards}
         return dcp.load(pairings, load.stored)

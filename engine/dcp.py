@@ -226,12 +226,13 @@ class ShardLoadPlanner(LoadPlanner):
             covered = 0
             for rank, source, overlap in wants(stored, box):
                 covered += overlap.numel
+                zero = torch.Size((0,) * len(at)) if overlap == box == source else None  # all of a box from all of a chunk
                 yield ReadItem(
                     LoadItemType.TENSOR,
                     MetadataIndex(name, at),
-                    _difference(overlap, box),
+                    zero or _difference(overlap, box),
                     MetadataIndex(stored.name, torch.Size(source.offsets), rank),
-                    _difference(overlap, source),
+                    zero or _difference(overlap, source),
                     torch.Size(overlap.sizes),
                 )
             for overlap, value in absent(stored, box):

@@ -140,9 +140,10 @@ class Ranks:
         deadline = time.monotonic() + timeout_seconds
         pause, longest = _POLL_SECONDS
         while not self.store.check(keys):
-            if time.monotonic() > deadline:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 return False
-            time.sleep(pause)
+            time.sleep(min(pause, left))
             pause = min(pause * 1.5, longest)
         return True
 

@@ -60,5 +60,5 @@ def decode_header(data: bytes, where: str) -> dict[str, Entry]:
             begin, end = e["data_offsets"]
             found[name] = Entry(name, e["dtype"], tuple(info[name]["saved_offsets"]), tuple(e["shape"]), begin, end - begin)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointCorrupt(f"{where}: its safetensors header cannot be read: {e!r}") from e

@@ -1,5 +1,6 @@
 """A rank's files as images in memory: header, then boxes at their final offsets."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ def lay_out(sources: Sequence[Source]) -> list[Image]:
 def _split(sources: list[Source]) -> list[list[Source]]:
     parts, size = [[]], 0
     for source in sources:
-        need = 2 * len(source.name) + _ENTRY_BYTES
+        need = 2 * len(json.dumps(source.name)) + _ENTRY_BYTES  # as text: what is not ASCII is longer there
         if size + need > MAX_HEADER_BYTES:
             parts.append([])
             size = 0

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.errors import LayoutError
-from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, LogicalTensor, Part
+from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, Layout, LogicalTensor, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +131,18 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     position = layout.mesh.position_of(rank)
     if position is None:
         return []
+    if _is_replicated(layout):
+        return [place]
     if isinstance(layout, Flat):
         boxes = flat_to_boxes(place.sizes, *flat_interval(layout, place.numel, position))
     else:
         box = grid_box(layout, place.sizes, position)
         boxes = [box] if box.numel or _is_only_empty(layout, place, position) else []
     return [shift(box, part.offsets) for box in boxes]
+
+
+def _is_replicated(layout: Layout) -> bool:
+    return isinstance(layout, Grid) and layout.dims == (REPLICATED,)
 
 
 def _is_only_empty(grid: Grid, place: Box, position: int) -> bool:
@@ -149,7 +155,7 @@ def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     layout = part.layout
     if isinstance(layout, Grid):
         position = layout.mesh.position_of(rank)
-        if position is None or holder_number(layout, position) != (0 if layout.writer == ANY else layout.writer):
+        if position is None or holder_number(layout, position) != max(layout.writer, 0):
             return []
     return held_boxes(tensor, part, rank)
 
@@ -157,10 +163,10 @@ def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
 def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[int, Box, Box]]:
     """(rank, the box it wrote, its overlap with ``target``) for each written box of ``part`` that overlaps: computed, not searched."""
     layout, place = part.layout, part_box(tensor, part)
-    wanted = intersect(place, target)
+    wanted = target if target == place else intersect(place, target)
     if wanted is None or isinstance(layout, Absent):
         return
-    if isinstance(layout, Grid) and set(layout.dims) == {REPLICATED}:
+    if _is_replicated(layout):
         yield layout.mesh.rank_at(max(layout.writer, 0)), place, wanted
         return
     local = shift(wanted, part.offsets, -1)
@@ -180,7 +186,7 @@ def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[in
 
 def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> Iterator[int]:
     """Mesh positions of the assigned writers whose cells may overlap ``target``."""
-    number = 0 if grid.writer == ANY else grid.writer
+    number = max(grid.writer, 0)
     counts = tuple(count for dim, count in zip(grid.dims, grid.mesh.shape, strict=True) if dim == REPLICATED)
     holder = iter(unravel(number, counts))
     ranges, split = [], set()

@@ -89,10 +89,11 @@ class Member:
         """What of the live state this checkpoint fills. Changes nothing yet. Raises :class:`IncompatibleCheckpoint` for
         another optimizer."""
         a, slots = self.adapter, self.adapter.slots()
-        names = [slot.piece.name for slot in slots] + [piece.name for piece in a.others()]
+        pieces = [slot.piece for slot in slots] + a.others()
+        names = [piece.name for piece in pieces]
         model = f"{self.prefix}model."
         self._resolve = {n: aliases[model + n].removeprefix(model) for n in names if model + n not in stored and model + n in aliases}
-        targets = Targets([], [self._model_shard(p) for p in [*(s.piece for s in slots), *a.others()]] + self._buffers())
+        targets = Targets([], [self._model_shard(piece) for piece in pieces] + self._buffers())
         targets.stored_names = {model + n: model + canonical for n, canonical in self._resolve.items()}
         if a.optimizer is None:
             return targets

@@ -59,14 +59,13 @@ class PlainAdapter:
 
     def slots(self) -> list[Slot]:
         groups = self.optimizer.param_groups if self.optimizer else []
-        return [Slot(self._piece(self.names.of(p), p), p, i) for i, group in enumerate(groups) for p in group["params"]]
+        whole = replicated()
+        return [Slot(_piece(self.names.of(p), p, whole), p, i) for i, group in enumerate(groups) for p in group["params"]]
 
     def others(self) -> list[Piece]:
         optimized = {id(p) for group in (self.optimizer.param_groups if self.optimizer else []) for p in group["params"]}
-        return [self._piece(name, p) for name, p in self.names.parameters.items() if id(p) not in optimized]
-
-    def _piece(self, name: str, parameter: nn.Parameter) -> Piece:
-        return Piece(name, tuple(parameter.shape), layout_of(parameter), local_of(parameter))
+        whole = replicated()
+        return [_piece(name, p, whole) for name, p in self.names.parameters.items() if id(p) not in optimized]
 
     def counters(self) -> dict[str, Any]:
         return {}
@@ -76,3 +75,8 @@ class PlainAdapter:
 
     def publish(self) -> None:
         """Parameters are their own masters."""
+
+
+def _piece(name: str, parameter: nn.Parameter, whole: Grid) -> Piece:
+    layout = layout_of(parameter) if isinstance(parameter, DTensor) else whole
+    return Piece(name, tuple(parameter.shape), layout, local_of(parameter))

@@ -1,0 +1,95 @@
+"""What each engine's state becomes, beyond the matrix."""
+
+import pytest
+
+from benchmarks.pool import Pools
+from tests.dist import jobs
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("zero1_master", {"dtype": "bf16"}),
+        ("zero1", {"zero": {"round_robin_gradients": True}}),
+        ("zero2", {"accumulation": 2}),
+        ("zero3", {"accumulation": 2, "dtype": "bf16"}),
+        ("fsdp2", {"accumulation": 3}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_a_resume_continues_bitwise(pools: Pools, tmp_path, engine, options):
+    reference = pools[2].run(jobs.save_then_continue, engine, str(tmp_path), 3, options)
+    found = pools[2].run(jobs.resume_then_continue, engine, str(tmp_path), 3, options)
+    for losses, after in zip(reference, found, strict=True):
+        assert after == {"progress": (3, 36), "difference": 0.0, "losses": losses}
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3", "fsdp2", "ddp"])
+def test_a_save_before_the_first_step_clears_what_the_target_had(pools: Pools, tmp_path, engine):
+    reference = pools[2].run(jobs.save_then_continue, "ddp", str(tmp_path), 0, {})
+    found = pools[2].run(jobs.resume_then_continue, engine, str(tmp_path), 0, {}, own_steps=2)
+    assert found[0]["losses"] == reference[0]
+    assert found[0]["difference"] == 0.0
+
+
+def test_names_tied_frozen_and_unused(pools: Pools, tmp_path):
+    names = pools[2].run(jobs.stored_names, "ddp", str(tmp_path), unused=True)[0]
+    assert len(names) == len(set(names))
+    assert "model.embed.weight" in names
+    assert "model.head.weight" not in names, "tied weights are stored once"
+    assert "model.frozen.weight" in names
+    assert not [n for n in names if n.startswith(("optim.state.frozen", "optim.state.unused"))]
+    assert {"optim.state.mix.exp_avg", "optim.state.mix.exp_avg_sq", "optim.state.mix.step"} <= set(names)
+    assert [n for n in names if n.startswith("buffers.")] == ["buffers.shift"], "buffers that are not persistent are not stored"
+
+
+def test_hyper_parameters_follow_their_parameters(pools: Pools, tmp_path):
+    pools[2].run(jobs.save_then_continue, "zero2", str(tmp_path), 2, {})
+    for engine in ("fsdp2", "zero3"):
+        found = pools[2].run(jobs.hyper_parameters_after_resume, engine, str(tmp_path))[0]
+        assert found["lr"] == pytest.approx([3e-3 * 3 / 4, 1e-3 * 3 / 4])
+        assert found["weight_decay"] == [0.1, 0.0]
+        assert found["betas"] == [(0.9, 0.95)] * 2
+
+
+def test_deepspeed_counters_are_restored(pools: Pools, tmp_path):
+    pools[2].run(jobs.save_then_continue, "fsdp2", str(tmp_path), 3, {})
+    assert pools[2].run(jobs.counters_after_resume, "zero1", str(tmp_path))[0] == {
+        "global_steps": 3,
+        "global_samples": 36,
+        "micro_steps": 3,
+        "skipped_steps": 0,
+    }
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_a_save_inside_gradient_accumulation_is_refused(pools: Pools, tmp_path, engine):
+    for error in pools[2].run(jobs.save_inside_accumulation, engine, str(tmp_path)):
+        assert error.startswith("UsageError")
+        assert "1 of 2 micro-batches" in error
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_weights_changed_behind_the_masters_are_an_error_on_attach(pools: Pools, tmp_path, engine):
+    for error in pools[2].run(jobs.attach_after_change, engine, str(tmp_path)):
+        assert error.startswith("LayoutError")
+        assert "load them before" in error
+
+
+def test_another_order_of_flat_buffers_is_an_error_on_attach(pools: Pools, tmp_path):
+    for error in pools[2].run(jobs.attach_to_other_order, str(tmp_path)):
+        assert error.startswith("LayoutError")
+
+
+def test_random_state_is_each_ranks_own(pools: Pools, tmp_path):
+    drawn = pools[2].run(jobs.save_and_draw, str(tmp_path))
+    assert drawn[0] != drawn[1]
+    assert pools[2].run(jobs.resume_and_draw, str(tmp_path)) == drawn
+
+
+def test_random_state_at_another_world_size_is_derived_and_repeatable(pools: Pools, tmp_path):
+    drawn = pools[2].run(jobs.save_and_draw, str(tmp_path))
+    found = pools[3].run(jobs.resume_and_draw, str(tmp_path))
+    assert len(set(found)) == 3
+    assert not set(found) & set(drawn)
+    assert pools[3].run(jobs.resume_and_draw, str(tmp_path)) == found
