@@ -22,7 +22,7 @@ ZERO = ("zero1", "zero2", "zero3")
 # Relative, over the two losses after the load. Gloo sums in another order above two ranks, and another world size cuts the batch
 # differently; in bf16 the engines also round at different places.
 FP32_TOLERANCE = 1e-6
-BF16_TOLERANCE = 1e-2
+BF16_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,15 @@ def all_cells() -> list[Cell]:
 
 
 def bf16_cells() -> list[Cell]:
-    sizes = itertools.cycle(itertools.product(WORLD_SIZES, WORLD_SIZES))
+    pairs = list(itertools.product(WORLD_SIZES, WORLD_SIZES))
+    sizes = itertools.cycle(pairs)
     cells = []
     for a, b in itertools.product((*ENGINES, "zero1_master"), repeat=2):
         first, second = next(sizes)
         cells.append(Cell(Config(a, 1 if a == "single" else first), Config(b, 1 if b == "single" else second), "bf16"))
+    cells += [Cell(Config("zero2", a), Config("fsdp2", b), "bf16") for a, b in pairs]
     cells += [Cell(Config(e, w), Config(e, w), "bf16") for e in ("zero2", "zero3", "fsdp2") for w in (2, 4)]
-    return [*cells, *(Cell(Config("zero1", w), Config("zero3", w), "bf16") for w in (2, 4))]
+    return list(dict.fromkeys([*cells, *(Cell(Config("zero1", w), Config("zero3", w), "bf16") for w in (2, 4))]))
 
 
 def unused_cells() -> list[Cell]:
@@ -86,7 +88,7 @@ def quick_cells() -> list[Cell]:
     """At least 60 cells, every engine and every world size on both sides."""
     ring = configs()
     cells = [Cell(ring[i], ring[(i * 7 + shift) % len(ring)]) for shift in (0, 3) for i in range(len(ring))]
-    return list(dict.fromkeys([*cells, *bf16_cells()[::7], *unused_cells()[::9]]))
+    return list(dict.fromkeys([*cells, *bf16_cells()[::9], *unused_cells()[::9]]))
 
 
 def run_cells(cells: list[Cell], pools: Pools, folder: str) -> list[Row]:

@@ -63,10 +63,10 @@ def _build(engine: str, layers: int) -> Any:
 
 
 def _local_bytes(member: Any) -> int:
-    from engine.checkpointer import _adapter
     from engine.state.member import Member
+    from engine.state.pick import adapter_for
 
-    shards = Member("", _adapter("model", member), torch.distributed.get_rank()).shards()
+    shards = Member("", adapter_for("model", member), torch.distributed.get_rank()).shards()
     return sum(local.numel() * local.element_size() for shard in shards for local in shard.locals if local is not None)
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
-from torch import nn
 
 from engine import catalog, dcp
-from engine.errors import CheckpointNotFound, EngineError, PeerError, UsageError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
 from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import FORMAT, IndexEntry, Manifest
@@ -24,11 +23,9 @@ from engine.format.record import decode_record, encode_record
 from engine.plan.assign import assign_writers
 from engine.plan.match import Allow, Match, match, match_names
 from engine.state.member import Member
-from engine.state.plain import PlainAdapter
+from engine.state.pick import adapter_for, is_plain_state
 from engine.state.progress import Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
-from engine.state.source import Adapter
-from engine.state.zero import ZeroAdapter
 from engine.storage import LocalStorage
 from engine.sync import current_ranks
 from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
@@ -63,6 +60,16 @@ class _Plan:
     digest: bytes
     numbers: Mapping[str, int]
     planner: dcp.ShardSavePlanner
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """One save's state: live shards, and everything replicated that is not a tensor as an encoded record."""
+
+    progress: Progress
+    shards: list[Shard]
+    record: bytes
+    plan: _Plan
 
 
 class Checkpointer:
@@ -105,12 +112,12 @@ class Checkpointer:
         self._models: dict[str, Member] = {}
         self._others: dict[str, Any] = {}
         if model is not None:
-            self._models[""] = Member("", _adapter("model", model), self._ranks.rank)
+            self._models[""] = Member("", adapter_for("model", model), self._ranks.rank)
         for name, member in members.items():
-            if not isinstance(member, (tuple, nn.Module)) and not hasattr(member, "zero_optimization_stage") and hasattr(member, "load_state_dict"):
+            if is_plain_state(member):
                 self._others[name] = member
             else:
-                self._models[name] = Member(f"{name}.", _adapter(name, member), self._ranks.rank)
+                self._models[name] = Member(f"{name}.", adapter_for(name, member), self._ranks.rank)
         for member in self._models.values():
             member.check()
 
@@ -123,63 +130,63 @@ class Checkpointer:
         Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise, nothing becomes visible and what was
         committed before stays as it was. A step that exists is replaced atomically.
         """
-        progress.metrics = {**progress.metrics, **{k: float(v) for k, v in (metrics or {}).items()}}
         began = time.perf_counter()
-        shards, record, plan = self._plan_save(progress)
-        attempt = self._ranks.first("begin the save", lambda: begin_attempt(self._storage, progress.step))
+        captured = self._plan_save(progress, metrics or {})
+        attempt = self._ranks.first("begin the save", lambda: begin_attempt(self._storage, captured.progress.step))
         try:
-            entries = self._ranks.gather("write the shards", lambda: self._write(attempt, plan, shards))
-            manifest = self._manifest(plan, attempt, progress, record, [IndexEntry(*entry) for entry in entries])
+            entries = self._ranks.gather("write the shards", lambda: self._write(attempt, captured))
+            manifest = self._manifest(captured, attempt, [IndexEntry(*entry) for entry in entries])
             self._ranks.first("commit", lambda: self._commit(attempt, manifest))
         except BaseException:
             if self._ranks.rank == 0:
                 abort_attempt(self._storage, attempt)
             raise
-        self._parent = step_name(progress.step)
+        progress.metrics = captured.progress.metrics
+        self._parent = step_name(captured.progress.step)
         seconds = time.perf_counter() - began
         logger.info("saved %s: %.1f MB by this rank in %.2f s", self._parent, self._writer.bytes_written / 1e6, seconds)
         return f"{self._storage.root}/{self._parent}"
 
-    def _plan_save(self, progress: Progress) -> tuple[list[Shard], bytes, _Plan]:
-        """Capture live shards and the record; all ranks compare step and tensors. The last plan serves while tensors stay alike."""
-        shards: list[Shard] = []
-        record = b""
+    def _plan_save(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
+        """Capture live shards and the record; all ranks compare what must be the same. The last plan serves while tensors stay
+        alike."""
+        captured: list[_Captured] = []
 
-        def capture() -> list[Any]:
-            nonlocal record
-            shards.extend(shard for member in self._models.values() for shard in member.shards())
-            record = encode_record(self._record(progress))
+        def capture() -> dict[str, Any]:
+            plain = progress.plain(metrics)
+            shards = [shard for member in self._models.values() for shard in member.shards()]
             described = tuple(shard.tensor for shard in shards)
             if self._plan is None or self._plan.described != described:
                 self._plan = _make_plan(described, self._ranks.rank)
-            return [progress.step, self._plan.digest]
+            models = {name: member.record() for name, member in self._models.items()}
+            others = {name: other.state_dict() for name, other in self._others.items()}
+            record = encode_record({"progress": msgspec.structs.asdict(plain), "models": models, "others": others, "config": self._config})
+            captured.append(_Captured(plain, shards, record, self._plan))
+            position = [plain.epoch, plain.step, plain.samples]  # metrics may be a rank's own: rank 0's are kept
+            return {
+                "are at another [epoch, step, samples]": position,
+                "have other tensors, shapes or layouts": self._plan.digest,
+                "have other optimizer settings, schedules or counters": digest(encode_record(models)),
+                "have another state of " + " and ".join(others): digest(encode_record(others)),
+            }
 
         reports = self._ranks.gather("agree on the save", capture)
-        odd = [rank for rank, other in enumerate(reports) if other != reports[0]]
-        if odd:
-            (step, _), (step_0, _) = reports[odd[0]], reports[0]
-            what = f"save step {step} where rank 0 saves step {step_0}" if step != step_0 else "have other tensors, shapes or layouts than rank 0"
-            raise PeerError(f"ranks {odd[:16]} {what}; all ranks save the same state at the same step")
-        assert self._plan is not None
-        return shards, record, self._plan
+        for what, value in reports[0].items():
+            odd = [rank for rank, report in enumerate(reports) if report.get(what) != value]
+            if odd:
+                detail = f" ({reports[odd[0]].get(what)} and {value})" if isinstance(value, list) else ""
+                raise PeerError(f"ranks {odd[:16]} {what} than rank 0{detail}: a checkpoint holds one state, which all ranks share")
+        return captured[0]
 
-    def _record(self, progress: Progress) -> dict[str, Any]:
-        """Everything replicated that is not a tensor."""
-        return {
-            "progress": msgspec.structs.asdict(progress),
-            "models": {name: member.record() for name, member in self._models.items()},
-            "others": {name: other.state_dict() for name, other in self._others.items()},
-            "config": self._config,
-        }
-
-    def _write(self, attempt: str, plan: _Plan, shards: list[Shard]) -> list[Any]:
+    def _write(self, attempt: str, captured: _Captured) -> list[Any]:
         """This rank's files; returns its index's size and digest."""
-        self._writer.begin(attempt, plan.numbers, encode_record({"rng": capture_rng()}))
-        dcp.save(shards, self._writer, plan.planner)
+        self._writer.begin(attempt, captured.plan.numbers, encode_record({"rng": capture_rng()}))
+        dcp.save(captured.shards, self._writer, captured.plan.planner)
         assert self._writer.index_entry is not None
         return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest]
 
-    def _manifest(self, plan: _Plan, attempt: str, progress: Progress, record: bytes, entries: Sequence[IndexEntry]) -> Manifest:
+    def _manifest(self, captured: _Captured, attempt: str, entries: Sequence[IndexEntry]) -> Manifest:
+        progress = captured.progress
         return Manifest(
             format=FORMAT,
             engine=", ".join(dict.fromkeys(member.adapter.engine for member in self._models.values())),
@@ -191,10 +198,10 @@ class Checkpointer:
             attempt=attempt,
             parent=self._parent,
             metrics=progress.metrics,
-            tensors=plan.assigned,
+            tensors=captured.plan.assigned,
             aliases={alias: name for member in self._models.values() for alias, name in member.aliases().items()},
             indexes=tuple(entries),
-            record=record,
+            record=captured.record,
         )
 
     def _commit(self, attempt: str, manifest: Manifest) -> None:
@@ -228,12 +235,11 @@ class Checkpointer:
             return Progress()
         began = time.perf_counter()
         stored = self._open(*found)
-        record = decode_record(stored.manifest.record)
-        load = _Load(stored, record, Allow(allow_missing, allow_unexpected, allow_cast))
+        load = _load(stored, Allow(allow_missing, allow_unexpected, allow_cast))
         self._ranks.gather("compare the checkpoint with this run", lambda: self._compare(load))
         try:
             bytes_read = sum(self._ranks.gather("read the shards", lambda: self._fill(load)))
-            progress = self._restore(load)
+            self._restore(load)
         except EngineError as e:
             raise type(e)(f"{e}\n{_PARTLY}") from e
         except Exception as e:
@@ -241,7 +247,7 @@ class Checkpointer:
             raise
         self._parent, self._loaded = found[1], load
         self._tell(load, bytes_read, time.perf_counter() - began)
-        return progress
+        return load.progress
 
     def _find(self, what: str, missing: Missing) -> list[str] | None:
         try:
@@ -278,15 +284,18 @@ class Checkpointer:
         scalars = [load.stored_names.get(shard.name, shard.name) for shard in load.scalars]
         load.matched = match(live, stored.tensors, load.stored_names, load.allow, scalars)
         match_names(self._others, load.record["others"], load.allow)
+        for name, other in self._others.items():
+            if hasattr(other, "check_state_dict") and name in load.record["others"]:
+                other.check_state_dict(load.record["others"][name])
         self._read(load, load.scalars)
-        for name, member in self._models.items():
-            member.check_scalars(load.model_record(name))
+        for member in self._models.values():
+            member.check_load()
 
     def _fill(self, load: _Load) -> int:
         """Give the optimizers the states that the checkpoint has, then fill everything in place; returns the bytes read."""
         shards = list(load.tensors)
-        for name, member in self._models.items():
-            shards += member.prepare(load.model_record(name))
+        for member in self._models.values():
+            shards += member.prepare()
         return self._read(load, [shard for shard in shards if shard.name in load.matched.pairs])
 
     def _read(self, load: _Load, shards: Sequence[Shard]) -> int:
@@ -296,31 +305,32 @@ class Checkpointer:
         pairings = {s.name: dcp.Pairing(dcp.to_load(s, rank), tensors[load.stored_names.get(s.name, s.name)]) for s in shards}
         return dcp.load(pairings, load.stored)
 
-    def _restore(self, load: _Load) -> Progress:
+    def _restore(self, load: _Load) -> None:
         """Everything that is not a tensor; then what is derived from the masters, and random state last."""
-        progress = msgspec.convert(load.record["progress"], Progress)
 
         def restore() -> None:
-            for name, member in self._models.items():
-                member.restore(load.model_record(name), progress.step, progress.samples)
+            for member in self._models.values():
+                member.restore(load.progress.step, load.progress.samples)
             for name, other in self._others.items():
                 if name in load.record["others"]:
                     other.load_state_dict(load.record["others"][name])
                 if hasattr(other, "seek"):
-                    other.seek(progress.samples)
+                    other.seek(load.progress.samples)
+
+        def publish() -> None:
+            for member in self._models.values():
+                member.adapter.publish()
 
         self._ranks.gather("restore counters and hyper-parameters", restore)
-        for member in self._models.values():
-            member.adapter.publish()
-        self._ranks.gather("restore the random state", lambda: self._restore_rng(load, progress))
-        return progress
+        self._ranks.gather("derive the weights from their masters", publish)
+        self._ranks.gather("restore the random state", lambda: self._restore_rng(load))
 
-    def _restore_rng(self, load: _Load, progress: Progress) -> None:
+    def _restore_rng(self, load: _Load) -> None:
         rank, stored = self._ranks.rank, load.stored
         if stored.manifest.world_size == self._ranks.world_size:
             restore_rng(decode_record(stored.index(rank).record)["rng"])
             return
-        derive_rng(decode_record(stored.index(0).record)["rng"]["seed"], progress.step, rank)
+        derive_rng(decode_record(stored.index(0).record)["rng"]["seed"], load.progress.step, rank)
         if rank == 0:
             logger.info(
                 "saved on %d ranks, resumed on %d: random state is derived anew from the saved seed",
@@ -348,9 +358,13 @@ class Checkpointer:
         if self._loaded is None:
             raise UsageError("max_difference() compares with the checkpoint that was resumed; resume one first")
         load = self._loaded
-        live = {shard.name: shard for member in self._models.values() for shard in member.shards()}
-        pairs = {name: (shard, load.stored_name(name)) for name, shard in live.items() if load.stored_name(name) in load.stored.tensors}
-        return max(self._ranks.gather("compare with the stored files", lambda: largest_difference(load.stored, pairs, self._ranks.rank)))
+
+        def compare() -> float:
+            live = {shard.name: shard for member in self._models.values() for shard in member.shards()}
+            pairs = {name: (shard, load.stored_name(name)) for name, shard in live.items() if load.stored_name(name) in load.stored.tensors}
+            return largest_difference(load.stored, pairs, self._ranks.rank)
+
+        return max(self._ranks.gather("compare with the stored files", compare))
 
     def close(self) -> None:
         """Nothing is in flight: saves are durable when they return."""
@@ -362,6 +376,7 @@ class _Load:
 
     stored: StoredCheckpoint
     record: dict[str, Any]
+    progress: Progress
     allow: Allow
     stored_names: dict[str, str] = field(default_factory=dict)
     scalars: list[Shard] = field(default_factory=list)
@@ -376,6 +391,15 @@ class _Load:
         return self.stored_names.get(live, live)
 
 
+def _load(stored: StoredCheckpoint, allow: Allow) -> _Load:
+    """Raises :class:`CheckpointCorrupt` for a record that is not one of ours."""
+    record = decode_record(stored.manifest.record)
+    try:
+        return _Load(stored, record, msgspec.convert(record["progress"], Progress), allow)
+    except (msgspec.ValidationError, KeyError, TypeError) as e:
+        raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
+
+
 def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
     names = [tensor.name for tensor in described]
     if len(set(names)) != len(names):
@@ -384,17 +408,3 @@ def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
     assigned = assign_writers(described)
     numbers = {name: i for i, name in enumerate(names)}
     return _Plan(described, assigned, digest(msgspec.msgpack.encode(assigned)), numbers, dcp.ShardSavePlanner(assigned, rank))
-
-
-def _adapter(name: str, member: Any) -> Adapter:
-    """The adapter for what was given. Raises :class:`UsageError` for anything else."""
-    if hasattr(member, "zero_optimization_stage"):
-        return ZeroAdapter(member)
-    if isinstance(member, nn.Module):
-        return PlainAdapter(member)
-    if isinstance(member, tuple) and 1 <= len(member) <= 3 and isinstance(member[0], nn.Module):
-        return PlainAdapter(*member)
-    raise UsageError(
-        f"member '{name}' is a {type(member).__name__}; give a DeepSpeed engine, a module, a tuple (module, optimizer[, scheduler]), "
-        "or an object with state_dict and load_state_dict"
-    )

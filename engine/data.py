@@ -15,7 +15,8 @@ class ElasticSampler:
     The order of an epoch depends on ``seed`` and the epoch only; a global batch is the next ``global_batch_size`` samples of it,
     and each rank takes its contiguous part. So no sample is repeated or skipped when the number of ranks changes, and the order
     is that of an uninterrupted run. With ``drop_last`` false the last batch of an epoch may be short, and ranks' parts of it
-    unequal (even empty); with ``drop_last`` true, those samples are left out of that epoch.
+    unequal (even empty). With ``drop_last`` true those samples are left out of that epoch, whose length then depends on
+    ``global_batch_size``: it must stay the same over a resume, while the number of ranks may change.
 
     As a member of a :class:`~engine.Checkpointer` it is placed by ``progress.samples`` on resume; by hand, use :meth:`seek`.
     """
@@ -36,8 +37,8 @@ class ElasticSampler:
         self.world_size = world_size if world_size is not None else dist.get_world_size() if initialised else 1
         self.length, self.global_batch_size = len(dataset), global_batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        if global_batch_size % self.world_size:
-            raise UsageError(f"global_batch_size {global_batch_size} is not a multiple of the {self.world_size} ranks")
+        if global_batch_size < 1 or global_batch_size % self.world_size:
+            raise UsageError(f"global_batch_size {global_batch_size} is not a positive multiple of the {self.world_size} ranks")
         if self.samples_per_epoch == 0:
             raise UsageError(f"{self.length} samples do not fill one global batch of {global_batch_size}; lower it, or set drop_last=False")
         self._samples = 0
@@ -76,7 +77,12 @@ class ElasticSampler:
         return {"length": self.length, "seed": self.seed, "shuffle": self.shuffle, "samples_per_epoch": self.samples_per_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises :class:`IncompatibleCheckpoint` if this sampler would give other samples than the saved one."""
+        """There is nothing to take over; see :meth:`check_state_dict`."""
+        self.check_state_dict(state)
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises :class:`IncompatibleCheckpoint` if this sampler would give other samples than the saved one. A checkpointer calls
+        this before it changes anything."""
         mine = self.state_dict()
         differing = [f"{key} is {mine[key]!r} here, {state.get(key)!r} in the checkpoint" for key in mine if mine[key] != state.get(key)]
         if differing:

@@ -72,15 +72,20 @@ class Ranks:
         report, error = _Report(), None
         try:
             report.value = act()
-        except Exception as e:  # noqa: BLE001 - becomes every rank's error below
+        except BaseException as e:
             error = e
-            report.failure = _Failure(self.rank, type(e).__name__, str(e), "".join(traceback.format_exception(e)))
+            report.failure = _Failure(self.rank, type(e).__name__, _plain(str(e)), _plain("".join(traceback.format_exception(e))))
+            if not isinstance(e, Exception):  # the process is being ended: tell the others, do not wait for them
+                self._report(what, report)
+                raise
         decision = self._exchange(what, report)
         failure = decision.failure
         if failure is None:
             return decision.values
         if error is not None and failure.rank == self.rank:
-            raise error
+            if isinstance(error, EngineError):
+                raise error
+            raise PeerError(f"{what}: rank {self.rank} failed: {failure.kind}: {failure.message}") from error
         kind = error_class(failure.kind)
         detail = failure.message if issubclass(kind, EngineError) and kind.__name__ == failure.kind else failure.trace
         raise kind(f"{what}: rank {failure.rank} failed: {detail or failure.message}")
@@ -96,12 +101,25 @@ class Ranks:
         if odd:
             raise PeerError(f"{what}: rank 0 has {values[0]!r}, but rank {odd[0]} has {values[odd[0]]!r} (ranks that differ from 0: {odd[:16]})")
 
-    def _exchange(self, what: str, report: _Report) -> _Decision:
+    def _report(self, what: str, report: _Report) -> str:
+        """Opens the next round; returns its prefix in the store."""
         assert self.store is not None
         self._round += 1
         prefix = f"lockstep/{self._round}"
         try:
             self.store.set(f"{prefix}/{self.rank}", msgspec.msgpack.encode(report))
+        except (RuntimeError, OSError) as e:
+            raise self._lost(what, e) from e
+        return prefix
+
+    def _lost(self, what: str, error: Exception) -> PeerError:
+        self._broken = f"{what}: the job's store is lost"
+        return PeerError(f"{what}: rank {self.rank} lost the job's store ({error}); the process that hosts it has ended. Restart the job.")
+
+    def _exchange(self, what: str, report: _Report) -> _Decision:
+        assert self.store is not None
+        prefix = self._report(what, report)
+        try:
             if self.rank == 0:
                 decision = self._decide(what, prefix)
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(decision))
@@ -114,8 +132,7 @@ class Ranks:
                 )
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], lost)))
         except (RuntimeError, OSError) as e:  # torch raises DistStoreError/DistNetworkError, both RuntimeErrors
-            self._broken = f"{what}: the job's store is lost"
-            raise PeerError(f"{what}: rank {self.rank} lost the job's store ({e}); the process that hosts it has ended. Restart the job.") from e
+            raise self._lost(what, e) from e
         decision = msgspec.msgpack.decode(raw, type=_Decision)
         if decision.failure is not None and decision.failure.kind == "PeerError":
             self._broken = f"{what}: {decision.failure.message}"
@@ -171,3 +188,8 @@ def current_ranks(timeout_seconds: float = 600.0) -> Ranks:
     default: Any = dist.distributed_c10d._get_default_store()  # the one store that every job has
     store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_instances}", default)
     return Ranks(dist.get_rank(), dist.get_world_size(), store, timeout_seconds)
+
+
+def _plain(text: str) -> str:
+    """Text that can be encoded: paths may hold bytes that are not."""
+    return text.encode(errors="replace").decode()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from engine.errors import LayoutError
 from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, Layout, LogicalTensor, Part
@@ -141,7 +142,7 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     return [shift(box, part.offsets) for box in boxes]
 
 
-def _is_replicated(layout: Layout) -> bool:
+def _is_replicated(layout: Layout) -> TypeGuard[Grid]:
     return isinstance(layout, Grid) and layout.dims == (REPLICATED,)
 
 
@@ -164,7 +165,7 @@ def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[in
     """(rank, the box it wrote, its overlap with ``target``) for each written box of ``part`` that overlaps: computed, not searched."""
     layout, place = part.layout, part_box(tensor, part)
     wanted = target if target == place else intersect(place, target)
-    if wanted is None or isinstance(layout, Absent):
+    if wanted is None or 0 in wanted.sizes or isinstance(layout, Absent):
         return
     if _is_replicated(layout):
         yield layout.mesh.rank_at(max(layout.writer, 0)), place, wanted

@@ -9,8 +9,8 @@ from engine.errors import IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Grid, LogicalTensor, Mesh
 from engine.state import optimizer as optim
 from engine.state.boxes import check_tiling
-from engine.state.plain import world_size
-from engine.state.scheduler import position, restore_position
+from engine.state.plain import layout_of, local_of, world_size
+from engine.state.scheduler import check_position, position, restore_position
 from engine.state.shard import Shard, check_shard
 from engine.state.source import Adapter, Piece
 
@@ -34,9 +34,7 @@ class Member:
         self.prefix = prefix
         self.adapter = adapter
         self.rank = rank
-        self._scalars: list[Shard] = []
-        self._resolve: dict[str, str] = {}
-        self._stored_state: dict[str, dict[str, LogicalTensor]] = {}
+        self._load = _MemberLoad()
 
     def check(self) -> None:
         """On attach: every rule tiles its parameter, live storage has the size the rule says, and every master equals its
@@ -53,24 +51,31 @@ class Member:
         pieces = [slot.piece for slot in slots] + self.adapter.others()
         shards = [self._model_shard(piece) for piece in pieces]
         if self.adapter.optimizer is not None:
-            shards += optim.state_shards(f"{self.prefix}optim.state.", self.adapter.optimizer, slots)
+            shards += optim.state_shards(self._state_prefix, self.adapter.optimizer, slots)
         return shards + self._buffers()
+
+    @property
+    def _state_prefix(self) -> str:
+        return f"{self.prefix}optim.state."
 
     def _model_shard(self, piece: Piece) -> Shard:
         return optim.tensor_shard(f"{self.prefix}model.{piece.name}", piece.shape, piece.layout, piece.local)
 
     def _buffers(self) -> list[Shard]:
         """Rank 0's: buffers may differ by rank (BatchNorm statistics), and one rank's must be taken together."""
-        layout = Grid(Mesh((world_size(),)), (REPLICATED,), writer=0)
+        first = Grid(Mesh((world_size(),)), (REPLICATED,), writer=0)
         found = []
         for name, raw in self.adapter.names.buffers.items():
-            buffer = self.adapter.module.get_buffer(raw).detach()
-            found.append(optim.tensor_shard(f"{self.prefix}buffers.{name}", tuple(buffer.shape), layout, buffer))
+            buffer = self.adapter.module.get_buffer(raw)
+            layout = first if type(buffer) is torch.Tensor else layout_of(buffer)
+            found.append(optim.tensor_shard(f"{self.prefix}buffers.{name}", tuple(buffer.shape), layout, local_of(buffer)))
         return found
 
     def aliases(self) -> dict[str, str]:
         """Further names of tied tensors, as the checkpoint has them."""
-        return {f"{self.prefix}model.{a}": f"{self.prefix}model.{name}" for a, name in self.adapter.names.aliases.items()}
+        names = self.adapter.names
+        kinds = (("model", names.aliases), ("buffers", names.buffer_aliases))
+        return {f"{self.prefix}{kind}.{alias}": f"{self.prefix}{kind}.{name}" for kind, pairs in kinds for alias, name in pairs.items()}
 
     def record(self) -> dict[str, Any]:
         """Everything replicated that is not a tensor."""
@@ -78,6 +83,8 @@ class Member:
         record: dict[str, Any] = {"engine": a.engine, "counters": a.counters()}
         if a.optimizer is not None:
             record["optimizer"] = optim.family(a.optimizer)
+            record["optimizer_class"] = type(a.optimizer).__name__
+            record["int_steps"] = optim.has_int_steps(a.optimizer)
             record["groups"] = optim.hyper_parameters(a.optimizer, slots)
             record["scalars"] = optim.python_scalars(a.optimizer, slots)
             record["stateless"] = [s.piece.name for s in slots if not a.optimizer.state.get(s.holder)]
@@ -85,16 +92,19 @@ class Member:
             record["scheduler"] = position(a.scheduler)
         return record
 
+    # A load calls these in order: targets, check, prepare, restore.
+
     def targets(self, stored: dict[str, LogicalTensor], aliases: dict[str, str], record: dict[str, Any]) -> Targets:
-        """What of the live state this checkpoint fills. Changes nothing yet. Raises :class:`IncompatibleCheckpoint` for
-        another optimizer."""
+        """What of the live state this checkpoint fills. Changes nothing. Raises :class:`IncompatibleCheckpoint` for another
+        optimizer."""
         a, slots = self.adapter, self.adapter.slots()
         pieces = [slot.piece for slot in slots] + a.others()
-        names = [piece.name for piece in pieces]
-        model = f"{self.prefix}model."
-        self._resolve = {n: aliases[model + n].removeprefix(model) for n in names if model + n not in stored and model + n in aliases}
         targets = Targets([], [self._model_shard(piece) for piece in pieces] + self._buffers())
-        targets.stored_names = {model + n: model + canonical for n, canonical in self._resolve.items()}
+        tied = {s.name: aliases[s.name] for s in targets.tensors if s.name not in stored and s.name in aliases}
+        model = f"{self.prefix}model."
+        resolve = {name.removeprefix(model): other.removeprefix(model) for name, other in tied.items() if name.startswith(model)}
+        self._load = load = _MemberLoad(record, resolve)
+        targets.stored_names = tied
         if a.optimizer is None:
             return targets
         if record.get("optimizer") not in (None, optim.family(a.optimizer)):
@@ -102,61 +112,94 @@ class Member:
                 f"{self.prefix or 'the '}optimizer is {optim.family(a.optimizer)} here, but the checkpoint was saved with {record['optimizer']}: "
                 "their states do not mean the same. Resume with the same optimizer"
             )
-        self._stored_state = self._states(stored, names)
-        prefix = f"{self.prefix}optim.state."
-        self._scalars = targets.scalars = optim.scalar_targets(prefix, slots, self._stored_state)
-        targets.states = optim.describe(prefix, a.optimizer, slots, self._stored_state)
-        for fqn, states in self._stored_state.items():
+        prefix = self._state_prefix
+        load.states = self._stored_states(stored, [piece.name for piece in pieces])
+        load.scalars = targets.scalars = optim.scalar_targets(prefix, slots, load.states)
+        targets.states = optim.describe(prefix, a.optimizer, slots, load.states) + self._lost_states(record)
+        for fqn, states in load.states.items():
             targets.stored_names.update(
                 {f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"}
             )
         return targets
 
-    def _states(self, stored: dict[str, LogicalTensor], names: list[str]) -> dict[str, dict[str, LogicalTensor]]:
-        """The checkpoint's optimizer tensors by live FQN and key."""
-        prefix = f"{self.prefix}optim.state."
-        by_name: dict[str, dict[str, LogicalTensor]] = {}
+    def _stored_states(self, stored: dict[str, LogicalTensor], names: list[str]) -> optim.States:
+        by_name: optim.States = {}
         for tensor in stored.values():
-            if tensor.name.startswith(prefix):
-                fqn, _, key = tensor.name.removeprefix(prefix).rpartition(".")
+            if tensor.name.startswith(self._state_prefix):
+                fqn, _, key = tensor.name.removeprefix(self._state_prefix).rpartition(".")
                 by_name.setdefault(fqn, {})[key] = tensor
-        return {n: by_name[self._resolve.get(n, n)] for n in names if self._resolve.get(n, n) in by_name}
+        resolve = self._load.resolve
+        return {n: by_name[resolve.get(n, n)] for n in names if resolve.get(n, n) in by_name}
 
-    def check_scalars(self, record: dict[str, Any]) -> None:
-        """After the scalars are read: refuse what this engine cannot hold. Raises :class:`IncompatibleCheckpoint`."""
-        if self.adapter.optimizer is not None:
-            optim.check_holders(self.adapter.slots(), self._loaded_scalars(record), self._stored_state)
+    def _lost_states(self, record: dict[str, Any]) -> list[LogicalTensor]:
+        """Parameters whose live state the checkpoint has no counterpart for, though it does not say that they had none: saved
+        without their optimizer. Named ``….*``, in no checkpoint, so that they count as missing."""
+        load, a = self._load, self.adapter
+        assert a.optimizer is not None
+        known = {*record.get("stateless", []), *record.get("scalars", {})}
+        for slot in a.slots():
+            name = slot.piece.name
+            if name not in load.states and load.resolve.get(name, name) not in known and a.optimizer.state.get(slot.holder):
+                load.kept.add(name)
+        return [LogicalTensor(f"{self._state_prefix}{name}.*", "F32", (), ()) for name in sorted(load.kept)]
 
-    def prepare(self, record: dict[str, Any]) -> list[Shard]:
-        """Give the optimizer the states that the checkpoint has; returns their shards, to be filled. The first change to live
-        state."""
-        a, slots = self.adapter, self.adapter.slots()
-        if a.optimizer is None:
-            return []
-        optim.allocate(a.optimizer, slots, self._stored_state, self._loaded_scalars(record))
-        return [shard for shard in optim.state_shards(f"{self.prefix}optim.state.", a.optimizer, slots) if shard.tensor.shape]
+    def check_load(self) -> None:
+        """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Raises
+        :class:`IncompatibleCheckpoint`."""
+        load, a = self._load, self.adapter
+        if a.optimizer is not None:
+            slots = a.slots()
+            load.values = self._scalar_values(slots)
+            optim.check_holders(slots, load.values, load.states)
+            load.hyper_parameters = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
+        if a.scheduler is not None and load.record.get("scheduler") is not None:
+            check_position(a.scheduler, load.record["scheduler"])
 
-    def _loaded_scalars(self, record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        prefix = f"{self.prefix}optim.state."
-        stored = record.get("scalars", {})
-        values = {s.piece.name: dict(stored.get(self._resolve.get(s.piece.name, s.piece.name), {})) for s in self.adapter.slots()}
-        for shard in self._scalars:
-            fqn, _, key = shard.name.removeprefix(prefix).rpartition(".")
+    def _scalar_values(self, slots: list[Any]) -> optim.Scalars:
+        load, stored = self._load, self._load.record.get("scalars", {})
+        values = {s.piece.name: dict(stored.get(load.resolve.get(s.piece.name, s.piece.name), {})) for s in slots}
+        for shard in load.scalars:
+            fqn, _, key = shard.name.removeprefix(self._state_prefix).rpartition(".")
             local = shard.locals[0]
             assert local is not None
             values[fqn][key] = local.item()
         return values
 
+    def prepare(self) -> list[Shard]:
+        """Give the optimizer the states that the checkpoint has; returns their shards, to be filled. The first change to live
+        state."""
+        load, a = self._load, self.adapter
+        if a.optimizer is None:
+            return []
+        slots = a.slots()
+        optim.allocate(a.optimizer, slots, load.states, load.values, optim.counts_in_ints(a.optimizer, load.record), load.kept)
+        scalars = {shard.name for shard in load.scalars}
+        return [shard for shard in optim.state_shards(self._state_prefix, a.optimizer, slots) if shard.name not in scalars]
+
     @torch.no_grad()
-    def restore(self, record: dict[str, Any], step: int, samples: int) -> None:
+    def restore(self, step: int, samples: int) -> None:
         """After the tensors are filled: scalars, hyper-parameters, scheduler, counters. Local; the adapter's ``publish`` follows."""
-        a, slots = self.adapter, self.adapter.slots()
+        load, a = self._load, self.adapter
         if a.optimizer is not None:
-            optim.apply_scalars(a.optimizer, slots, self._loaded_scalars(record))
-            optim.restore_hyper_parameters(a.optimizer, slots, record.get("groups", []), self._resolve)
-        if a.scheduler is not None and record.get("scheduler") is not None:
-            restore_position(a.scheduler, record["scheduler"])
-        a.set_counters({"global_steps": step, "global_samples": samples, **record.get("counters", {})})
+            optim.apply_scalars(a.optimizer, a.slots(), load.values)
+            optim.apply_hyper_parameters(a.optimizer, load.hyper_parameters)
+        if a.scheduler is not None and load.record.get("scheduler") is not None:
+            restore_position(a.scheduler, load.record["scheduler"])
+        a.set_counters({"global_steps": step, "global_samples": samples, **load.record.get("counters", {})})
+
+
+@dataclass
+class _MemberLoad:
+    """A member's part of a load under way. ``resolve``: live FQN → stored FQN of tied weights; ``kept``: parameters whose
+    optimizer state stays as it is."""
+
+    record: dict[str, Any] = field(default_factory=dict)
+    resolve: dict[str, str] = field(default_factory=dict)
+    states: optim.States = field(default_factory=dict)
+    scalars: list[Shard] = field(default_factory=list)
+    values: optim.Scalars = field(default_factory=dict)
+    hyper_parameters: dict[int, dict[str, Any]] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
 
 
 def _check_copy(piece: Piece, rank: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.errors import LayoutError
+from engine.errors import LayoutError, UsageError
 
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, PEFT's wrapped layer.
 _WRAPPER_COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
@@ -36,6 +36,7 @@ class Names:
         self.buffers: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self._of: dict[int, str] = {}
+        _refuse_unknown(module)
         for raw, parameter in module.named_parameters(remove_duplicate=False):
             name = normalise(raw, peft=peft)
             if id(parameter) in self._of:
@@ -45,17 +46,33 @@ class Names:
             else:
                 self.parameters[name] = parameter
                 self._of[id(parameter)] = name
-        seen: set[int] = set()
+        self.buffer_aliases: dict[str, str] = {}
+        seen: dict[int, str] = {}
         for prefix, owner in module.named_modules():
             for leaf, buffer in owner.named_buffers(recurse=False):
-                if leaf in owner._non_persistent_buffers_set or id(buffer) in seen:
+                if leaf in owner._non_persistent_buffers_set:
                     continue
-                seen.add(id(buffer))
                 raw = f"{prefix}.{leaf}" if prefix else leaf
-                self.buffers[normalise(raw, peft=peft)] = raw
+                name = normalise(raw, peft=peft)
+                if id(buffer) in seen:
+                    self.buffer_aliases[name] = seen[id(buffer)]
+                else:
+                    seen[id(buffer)] = name
+                    self.buffers[name] = raw
 
     def of(self, parameter: nn.Parameter) -> str:
         """Raises :class:`LayoutError` for a parameter that the module does not have."""
         if id(parameter) not in self._of:
             raise LayoutError(f"a parameter of shape {tuple(parameter.shape)} is in the optimizer but not in the module; give both of the same model")
         return self._of[id(parameter)]
+
+
+def _refuse_unknown(module: nn.Module) -> None:
+    """State whose pieces look whole on each rank but are not: saving it as if would lose all ranks' but one."""
+    if any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
+        raise UsageError("FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard")
+    for name, parameter in module.named_parameters():
+        if not getattr(parameter, "allreduce", True):
+            raise UsageError(f"{name} is an expert-parallel parameter: other ranks hold other experts under its name. This version cannot save it")
+        if getattr(parameter, "tensor_model_parallel", False):
+            raise UsageError(f"{name} is cut by Megatron's tensor parallelism. This version cannot save it; DTensor placements it can")

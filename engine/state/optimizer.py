@@ -1,18 +1,30 @@
-"""Optimizer state and hyper-parameters by FQN, whatever tensors and scalars the optimizer keeps."""
+"""Optimizer state and hyper-parameters by FQN, whatever tensors and scalars the optimizer keeps.
+
+A state is a *scalar* if it is one number for the whole parameter (``step``), else a tensor: laid out like the parameter, or of
+a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate, zeros
+from torch.distributed.tensor import Shard as Cut
 
 from engine.errors import IncompatibleCheckpoint, LayoutError
-from engine.format.layout import Grid, LogicalTensor, Part
+from engine.format.layout import REPLICATED, Grid, LogicalTensor, Part
 from engine.state.plain import layout_of, local_of, replicated
 from engine.state.shard import Shard, dtype_name, torch_dtype
-from engine.state.source import Slot
+from engine.state.source import Piece, Slot
+
+States = dict[str, dict[str, LogicalTensor]]
+"""Stored optimizer tensors by live FQN and key."""
+
+Scalars = dict[str, dict[str, Any]]
+"""Scalar values by live FQN and key."""
 
 # How a step is computed, not what it computes: these follow the resuming run, not the checkpoint.
-_IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
+_IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 _ADAM = {"Adam", "FusedAdam", "DeepSpeedCPUAdam", "AdamW", "CPUAdam"}
 
 
@@ -24,9 +36,9 @@ def family(optimizer: torch.optim.Optimizer) -> str:
     return "Adam" if name in _ADAM else name
 
 
-def keeps_python_steps(optimizer: torch.optim.Optimizer) -> bool:
-    """DeepSpeed's own Adams count steps in ints, torch's in 0-d tensors."""
-    return type(optimizer).__name__ in ("FusedAdam", "DeepSpeedCPUAdam")
+def is_scalar(key: str, shape: tuple[int, ...], piece: Piece) -> bool:
+    """A 0-d moment of a 0-d parameter is a tensor like any other."""
+    return not shape and (key == "step" or piece.shape != ())
 
 
 def tensor_shard(name: str, shape: tuple[int, ...], layout: Any, local: torch.Tensor) -> Shard:
@@ -40,35 +52,64 @@ def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[
         for key, value in optimizer.state.get(slot.holder, {}).items():
             name = f"{prefix}{slot.piece.name}.{key}"
             if isinstance(value, torch.Tensor):
-                shards.append(tensor_shard(name, (), replicated(), local_of(value)) if value.ndim == 0 else _elementwise(name, slot, value))
-            elif key == "step" and type(value) is int:  # stored as torch's own Adam would, so that either can load it
+                scalar = value.ndim == 0 and is_scalar(key, (), slot.piece)
+                shards.append(tensor_shard(name, (), replicated(), local_of(value)) if scalar else _elementwise(name, slot, value))
+            elif _counts_in_ints(key, value):  # stored as torch's own Adam would, so that either can load it
                 shards.append(tensor_shard(name, (), replicated(), torch.tensor(float(value))))
     return shards
 
 
+def _counts_in_ints(key: str, value: Any) -> bool:
+    return key == "step" and type(value) is int
+
+
 def _elementwise(name: str, slot: Slot, value: torch.Tensor) -> Shard:
-    piece = slot.piece
-    if slot.cut is None:
-        same = value.shape == slot.holder.shape
-        return tensor_shard(
-            name, tuple(value.shape), piece.layout if same and type(value) is type(slot.holder) else layout_of(value), local_of(value)
-        )
-    if value.numel() != slot.holder.numel():
-        raise LayoutError(
-            f"{name}: a state of {tuple(value.shape)} for a flat buffer of {slot.holder.numel()} elements cannot be told apart by parameter"
-        )
-    local = local_of(value).view(-1).narrow(0, *slot.cut)
-    return tensor_shard(name, piece.shape, piece.layout, local.view(piece.shape) if isinstance(piece.layout, Grid) else local)
+    piece, local = slot.piece, local_of(value)
+    if slot.cut is not None:
+        if value.numel() != slot.holder.numel():
+            raise LayoutError(
+                f"{name}: a state of {tuple(value.shape)} for a flat buffer of {slot.holder.numel()} elements cannot be told apart by parameter"
+            )
+        local = local.view(-1).narrow(0, *slot.cut)
+        return tensor_shard(name, piece.shape, piece.layout, local.view(piece.shape) if isinstance(piece.layout, Grid) else local)
+    if isinstance(slot.holder, DTensor) and not isinstance(value, DTensor):  # an optimizer that works on local shards
+        if local.shape != slot.holder._local_tensor.shape:
+            raise LayoutError(
+                f"{name}: a plain tensor of {tuple(value.shape)} beside a parameter sharded by FSDP2; it may differ by rank, "
+                "so it cannot be saved as one. Keep such states as DTensors"
+            )
+        return tensor_shard(name, piece.shape, piece.layout, local)
+    return tensor_shard(
+        name, tuple(value.shape), piece.layout if value.shape == slot.holder.shape and _alike(value, slot) else layout_of(value), local
+    )
 
 
-def python_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> dict[str, dict[str, Any]]:
+def _alike(value: torch.Tensor, slot: Slot) -> bool:
+    if isinstance(value, DTensor) and isinstance(slot.holder, DTensor):
+        return value.placements == slot.holder.placements and value.device_mesh == slot.holder.device_mesh
+    return not isinstance(value, DTensor)
+
+
+def python_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> Scalars:
+    """Numbers that are no tensors, but for the int steps that :func:`state_shards` stores."""
     found = {}
     for slot in slots:
         state = optimizer.state.get(slot.holder, {})
-        scalars = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor) and not (k == "step" and type(v) is int)}
+        scalars = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor) and not _counts_in_ints(k, v)}
         if scalars:
             found[slot.piece.name] = scalars
     return found
+
+
+def counts_in_ints(optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> bool:
+    """Whether a new ``step`` is an int: as the same class had it when it saved, else as its makers do."""
+    if record.get("optimizer_class") == type(optimizer).__name__:
+        return bool(record.get("int_steps"))
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def has_int_steps(optimizer: torch.optim.Optimizer) -> bool:
+    return any(_counts_in_ints(k, v) for state in optimizer.state.values() for k, v in state.items())
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> list[dict[str, Any]]:
@@ -82,8 +123,8 @@ def hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) ->
     ]
 
 
-def restore_hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: list[dict[str, Any]], resolve: dict[str, str]) -> None:
-    """Raises :class:`IncompatibleCheckpoint` where one live group would need two values."""
+def choose_hyper_parameters(slots: Iterable[Slot], stored: list[dict[str, Any]], resolve: dict[str, str]) -> dict[int, dict[str, Any]]:
+    """The stored values for each live group. Raises :class:`IncompatibleCheckpoint` where one group would need two."""
     by_name = {name: group["values"] for group in stored for name in group["params"]}
     chosen: dict[int, tuple[str, dict[str, Any]]] = {}
     for slot in slots:
@@ -97,9 +138,15 @@ def restore_hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[S
                 f"param group {slot.group} holds {name} and {slot.piece.name}, saved with different {differing[0]} "
                 f"({first[differing[0]]!r} and {values.get(differing[0])!r}); put them in separate groups"
             )
-    for number, (_, values) in chosen.items():
+    return {number: values for number, (_, values) in chosen.items()}
+
+
+def apply_hyper_parameters(optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]]) -> None:
+    for number, values in chosen.items():
         group = optimizer.param_groups[number]
         for key, value in values.items():
+            if key in _IMPLEMENTATION:
+                continue
             if isinstance(group.get(key), torch.Tensor):
                 group[key].fill_(value)
             elif key in group:
@@ -114,16 +161,17 @@ def by_holder(slots: Iterable[Slot]) -> Iterator[tuple[torch.Tensor, list[Slot]]
         yield shared[0].holder, shared
 
 
-def scalar_targets(prefix: str, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]]) -> list[Shard]:
+def scalar_targets(prefix: str, slots: Iterable[Slot], stored: States) -> list[Shard]:
+    """Temporaries for the stored scalars."""
     return [
         tensor_shard(f"{prefix}{slot.piece.name}.{key}", (), replicated(), torch.zeros((), dtype=torch_dtype(tensor.dtype)))
         for slot in slots
         for key, tensor in stored.get(slot.piece.name, {}).items()
-        if not tensor.shape
+        if is_scalar(key, tensor.shape, slot.piece)
     ]
 
 
-def check_holders(slots: Iterable[Slot], scalars: dict[str, dict[str, Any]], stored: dict[str, dict[str, LogicalTensor]]) -> None:
+def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States) -> None:
     """One flat buffer has one set of scalars and states: raises :class:`IncompatibleCheckpoint` where the checkpoint has more."""
     for _, shared in by_holder(slots):
         if len(shared) == 1:
@@ -136,41 +184,40 @@ def check_holders(slots: Iterable[Slot], scalars: dict[str, dict[str, Any]], sto
             (a, a_names), (b, b_names) = list(kinds.items())[:2]
             raise IncompatibleCheckpoint(
                 f"ZeRO keeps one step count and one set of moments for all parameters of a flat buffer, but in this checkpoint {a_names[0]} "
-                f"(and {len(a_names) - 1} more) has {_describe(a)} and {b_names[0]} (and {len(b_names) - 1} more) has {_describe(b)}. "
+                f"(and {len(a_names) - 1} more) has {_told(a)} and {b_names[0]} (and {len(b_names) - 1} more) has {_told(b)}. "
                 "Put them in different param groups, or resume under DDP, FSDP2 or ZeRO stage 0"
             )
 
 
-def _describe(kind: Any) -> str:
+def _told(kind: Any) -> str:
     states, scalars = kind
     return f"{dict(scalars)}" if states else "no optimizer state"
 
 
-def describe(
-    prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]]
-) -> list[LogicalTensor]:
+def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States) -> list[LogicalTensor]:
     """The state tensors as :func:`allocate` will leave them, to be compared with the checkpoint's before anything changes."""
     described = []
     for slot in slots:
         state = optimizer.state.get(slot.holder, {})
         for key, tensor in stored.get(slot.piece.name, {}).items():
-            if not tensor.shape:
+            if is_scalar(key, tensor.shape, slot.piece):
                 continue
             live = state.get(key)
             alike = tensor.shape == slot.piece.shape or slot.cut is not None
             shape = slot.piece.shape if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
-            dtype = live.dtype if isinstance(live, torch.Tensor) else _state_dtype(slot, tensor)
+            dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor)
             described.append(LogicalTensor(f"{prefix}{slot.piece.name}.{key}", dtype_name(dtype), shape, ()))
     return described
 
 
-def allocate(
-    optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: dict[str, dict[str, LogicalTensor]], scalars: dict[str, dict[str, Any]]
-) -> None:
-    """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped."""
+def allocate(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, scalars: Scalars, int_steps: bool, kept: set[str]) -> None:
+    """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped. What is in ``kept``
+    stays as it is."""
     for holder, shared in by_holder(slots):
-        name = shared[0].piece.name
-        wanted, numbers = stored.get(name, {}), scalars.get(name, {})
+        slot = shared[0]
+        wanted, numbers = stored.get(slot.piece.name, {}), scalars.get(slot.piece.name, {})
+        if slot.piece.name in kept:
+            continue
         if not wanted and not numbers:
             optimizer.state.pop(holder, None)
             continue
@@ -179,30 +226,34 @@ def allocate(
             del state[key]
         for key, tensor in wanted.items():
             if key not in state:
-                state[key] = _zeros(optimizer, shared[0], key, tensor)
+                state[key] = _zeros(optimizer, slot, key, tensor, int_steps)
 
 
-def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor) -> Any:
-    dtype = _state_dtype(slot, tensor)
-    if not tensor.shape:
-        if key == "step" and keeps_python_steps(optimizer):
+def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor, int_steps: bool) -> Any:
+    if is_scalar(key, tensor.shape, slot.piece):
+        if key == "step" and int_steps:
             return 0
         group = optimizer.param_groups[slot.group]
         on_device = group.get("capturable") or group.get("fused")  # where torch's Adam keeps its step then
-        return torch.zeros((), dtype=dtype, device=slot.holder.device if on_device else "cpu")
+        return torch.zeros((), dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
+    dtype = _moment_dtype(slot, tensor)
     if slot.cut is not None or tensor.shape == slot.piece.shape:
         return torch.zeros_like(slot.holder.detach(), dtype=dtype)
+    if isinstance(slot.holder, DTensor):
+        layout = tensor.parts[0].layout
+        mesh = slot.holder.device_mesh
+        dims = layout.dims if isinstance(layout, Grid) and len(layout.dims) == mesh.ndim else (REPLICATED,) * mesh.ndim
+        return zeros(*tensor.shape, dtype=dtype, device_mesh=mesh, placements=[Replicate() if d == REPLICATED else Cut(d) for d in dims])
     return torch.zeros(tensor.shape, dtype=dtype, device=slot.holder.device)
 
 
-def _state_dtype(slot: Slot, tensor: LogicalTensor) -> torch.dtype:
-    """Optimizers make their moments in the parameter's dtype; scalars and integer states keep their own."""
+def _moment_dtype(slot: Slot, tensor: LogicalTensor) -> torch.dtype:
+    """Optimizers make their moments in the parameter's dtype; integer states keep their own."""
     dtype = torch_dtype(tensor.dtype)
-    both_float = dtype.is_floating_point and slot.holder.dtype.is_floating_point
-    return slot.holder.dtype if tensor.shape and both_float else dtype
+    return slot.holder.dtype if dtype.is_floating_point and slot.holder.dtype.is_floating_point else dtype
 
 
-def apply_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], scalars: dict[str, dict[str, Any]]) -> None:
+def apply_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], scalars: Scalars) -> None:
     for holder, shared in by_holder(slots):
         for key, value in scalars.get(shared[0].piece.name, {}).items():
             live = optimizer.state[holder].get(key)

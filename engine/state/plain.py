@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from engine.errors import UsageError
@@ -51,6 +52,7 @@ class PlainAdapter:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
         self.module = unwrap(module)
+        self._reshard()
         self.names = Names(self.module)
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -74,7 +76,16 @@ class PlainAdapter:
         """A torch optimizer has none."""
 
     def publish(self) -> None:
-        """Parameters are their own masters."""
+        """Parameters are their own masters; gathered copies of FSDP2's are dropped, and gradients of the replaced weights."""
+        self._reshard()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def _reshard(self) -> None:
+        """After a forward without gradient FSDP2 leaves the root gathered: its parameters are then not the sharded ones."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _piece(name: str, parameter: nn.Parameter, whole: Grid) -> Piece:

@@ -1,11 +1,15 @@
 """How far a run is, and the random state of each rank."""
 
+import operator
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+
+from engine.errors import UsageError
 
 
 class Progress(msgspec.Struct):
@@ -21,6 +25,18 @@ class Progress(msgspec.Struct):
         """One optimizer step is done; all ranks together consumed ``samples`` for it."""
         self.step += 1
         self.samples += samples
+
+    def plain(self, metrics: Mapping[str, float]) -> "Progress":
+        """A copy in plain Python numbers, with ``metrics`` over its own. Raises :class:`UsageError` naming what is no number."""
+        try:
+            numbers = {name: operator.index(getattr(self, name)) for name in ("epoch", "step", "samples")}
+            merged = {str(k): float(v) for k, v in {**self.metrics, **metrics}.items()}
+            history = [{str(k): float(v) for k, v in entry.items()} for entry in self.history]
+        except (TypeError, ValueError, AttributeError) as e:
+            raise UsageError(f"progress takes whole numbers for epoch, step and samples, and numbers for metrics and history: {e}") from e
+        if min(numbers.values()) < 0:
+            raise UsageError(f"progress cannot be negative: {numbers}")
+        return Progress(**numbers, metrics=merged, history=history)
 
 
 def capture_rng() -> dict[str, Any]:

@@ -91,5 +91,9 @@ def check_shard(shard: Shard, rank: int) -> None:
                 f"rank {rank}: {shard.name} of shape {shard.tensor.shape} should have {expected} elements here by its layout, but {found} are live. "
                 "The engine lays its state out in a way this version does not know"
             )
+        if local is not None and any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+            raise LayoutError(
+                f"rank {rank}: {shard.name} is an expanded view, whose elements share memory and cannot be filled; make it .contiguous()"
+            )
         if local is not None and dtype_name(local.dtype) != shard.tensor.dtype:
             raise LayoutError(f"rank {rank}: {shard.name} is {local.dtype} here, {shard.tensor.dtype} by its description")

@@ -48,10 +48,14 @@ class ZeroAdapter:
                 "accumulated gradients are not part of a checkpoint. Call it after the step at the accumulation boundary"
             )
         found: dict[str, Any] = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
-        scaler = getattr(self._wrapper, "loss_scaler", None)
+        scaler = self._scaler()
         if scaler is not None:
             found["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
         return found
+
+    def _scaler(self) -> Any:
+        """Stages 1 to 3 keep it in ``loss_scaler``, stage 0's wrappers in ``loss_scale_config``."""
+        return getattr(self._wrapper, "loss_scaler", None) or getattr(self._wrapper, "loss_scale_config", None)
 
     def set_counters(self, counters: dict[str, Any]) -> None:
         steps = counters["global_steps"]
@@ -60,7 +64,7 @@ class ZeroAdapter:
         self._engine.global_samples = counters.get("global_samples", steps * self._engine.train_batch_size())
         self._engine.skipped_steps = counters.get("skipped_steps", 0)
         self._engine.micro_steps = steps * accumulation
-        scaler = getattr(self._wrapper, "loss_scaler", None)
+        scaler = self._scaler()
         for name, value in counters.get("loss_scaler", {}).items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
@@ -80,6 +84,8 @@ def _partition_of(stage: int, wrapper: Any) -> type:
     kind = type(wrapper).__name__
     if stage == 3 and hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _Stage3
+    if kind == "DeepSpeedZeRoOffload":
+        return _Stage3Weights
     if kind == "BF16_Optimizer":
         return _BF16
     if stage in (1, 2) and hasattr(wrapper, "single_partition_of_fp32_groups"):
@@ -241,6 +247,21 @@ class _Stage3:
         w.checkpoint_event_epilogue()
         for parameter in self.names.parameters.values():
             parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # the epilogue forgets frozen ones' hpZ copies
+
+
+class _Stage3Weights:
+    """Stage 3 without an optimizer (a reference or reward model): all parameters are cut, none has a master."""
+
+    def __init__(self, wrapper: Any, names: Names) -> None:
+        self.wrapper = wrapper
+
+    def slots(self) -> list[Slot]:
+        return []
+
+    def publish(self) -> None:
+        self.wrapper.partition_all_parameters()
+        if self.wrapper.persistent_parameters:
+            self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
 
 
 def _stage3_rule(parameter: Any) -> tuple[Flat, int, int]:

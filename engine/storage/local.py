@@ -125,19 +125,24 @@ class LocalStorage:
             return _LocalWriter(self.path(path))
 
     def make_folder(self, path: str) -> None:
+        missing, folder = [], self.path(path)
+        while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
         with _told("create folder", self.path(path)):
             os.makedirs(self.path(path), exist_ok=True)
+            for made in missing:
+                _sync(os.path.dirname(made))
 
     def publish(self, hidden: str, visible: str) -> None:
         source, target = self.path(hidden), self.path(visible)
         with _told("rename", source):
-            if os.path.lexists(target):
-                _exchange(source, target)
-                self.sync_folder(os.path.dirname(visible))
-                shutil.rmtree(source)
-            else:
+            replaced = _replace(source, target) if os.path.lexists(target) else ""
+            if not replaced:
                 os.rename(source, target)
-        self.sync_folder(os.path.dirname(visible))
+            _sync(os.path.dirname(target))
+        if replaced:
+            shutil.rmtree(replaced, ignore_errors=True)  # hidden; what stays is swept, never listed
 
     def point(self, path: str, text: str) -> None:
         temporary = f"{self.path(path)}.new"
@@ -151,20 +156,46 @@ class LocalStorage:
 
     def sync_folder(self, path: str) -> None:
         with _told("sync folder", self.path(path)):
-            fd = os.open(self.path(path), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync(self.path(path))
 
     def remove_folder(self, path: str) -> None:
         with _told("remove", self.path(path)):
             shutil.rmtree(self.path(path))
 
 
-def _exchange(a: str, b: str) -> None:
-    """Swap two folders in one step, so that at no instant is there none. Raises OSError where the system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"cannot exchange it with {b} ({os.strerror(code)}): remove the existing step first")
+def _sync(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _replace(source: str, target: str) -> str:
+    """Put the folder ``source`` in the place of ``target``; returns where the old one now lies, hidden.
+
+    In one step where the system can exchange two names (Linux, most local file systems), so that at no instant is there none.
+    Elsewhere (NFS) in two: a kill between them leaves the old one under its hidden name.
+    """
+    if _exchange(source, target):
+        return source
+    aside = f"{source}.replaced"
+    os.rename(target, aside)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    return aside
+
+
+def _exchange(a: str, b: str) -> bool:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # not in every C library
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code))

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, StorageError
 from engine.format.manifest import MANIFEST, Manifest, encode
 from engine.format.names import LATEST, RUN_FILE, step_name
 from engine.storage import Storage
@@ -33,7 +33,10 @@ def commit_attempt(storage: Storage, attempt: str, manifest: Manifest) -> None:
     write_whole(storage, f"{attempt}/{MANIFEST}", encode(manifest))
     storage.sync_folder(attempt)
     storage.publish(attempt, name)
-    storage.point(LATEST, f"{name}\n")
+    try:
+        storage.point(LATEST, f"{name}\n")
+    except EngineError as e:
+        raise StorageError(f"{name} is committed, but '{LATEST}' could not be moved to it: {e}. Resume with step:{manifest.step}") from e
 
 
 def write_run_file(storage: Storage, config: dict[str, Any]) -> None:

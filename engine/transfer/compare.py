@@ -50,7 +50,9 @@ def _difference(shard: Shard, saved, offsets: tuple[int, ...], rank: int) -> flo
 def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
     if torch.equal(a, b):
         return 0.0
-    gap = (a.double() - b.double()).abs()
-    both_nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
-    gap = gap.masked_fill(both_nan | (a == b), 0.0)
+    if not (a.is_floating_point() or a.is_complex()):
+        return float((a.to(torch.float64) - b.to(torch.float64)).abs().max().clamp(min=1.0))
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    gap = (a.to(wide) - b.to(wide)).abs()
+    gap = gap.masked_fill((a.isnan() & b.isnan()) | (a == b), 0.0)
     return float(gap.nan_to_num(nan=float("inf"), posinf=float("inf")).max())

@@ -102,7 +102,7 @@ def _check_index(index: RankIndex, rank: int, tensors: tuple[LogicalTensor, ...]
         if not _PLAIN_NAME.fullmatch(file.name) or not 0 < file.header_bytes <= file.size_bytes:
             raise CheckpointCorrupt(f"{where}: it refers to a file named {file.name!r} of {file.size_bytes} bytes")
     ends: dict[int, int] = {}
-    for chunk in sorted(index.chunks, key=lambda c: (c.file, c.offset)):
+    for chunk in sorted(index.chunks, key=lambda c: (c.file, c.offset, c.nbytes)):
         problem = _chunk_problem(chunk, index, tensors, ends)
         if problem:
             raise CheckpointCorrupt(f"{where}: a chunk of tensor {chunk.tensor} {problem}")

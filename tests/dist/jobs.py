@@ -110,7 +110,9 @@ def save_then_continue(engine: str, run: str, steps: int, options: dict[str, Any
         return [made.global_loss(steps + i) for i in range(more)]
 
 
-def resume_then_continue(engine: str, run: str, steps: int, options: dict[str, Any], own_steps: int = 1, more: int = 2, **resume: Any) -> dict[str, Any]:
+def resume_then_continue(
+    engine: str, run: str, steps: int, options: dict[str, Any], own_steps: int = 1, more: int = 2, **resume: Any
+) -> dict[str, Any]:
     with trained(engine, 1, own_steps, **options) as made:
         checkpointer = Checkpointer(run, made.member)
         progress = checkpointer.resume("latest", **resume)
@@ -246,3 +248,117 @@ def resume_with_one_blind_rank(run: str) -> str:
         checkpointer = Checkpointer(run, made.member, timeout_seconds=20)
         with _failing("open", dist.get_rank() == 1):
             return told(lambda: checkpointer.resume("latest"))
+
+
+# ---------------------------------------------------------------- what engines do between
+
+
+def resume_while_gathered(run: str) -> dict[str, Any]:
+    """FSDP2 leaves the root gathered after a forward without gradient: a resume must not leave the old weights in use."""
+    with trained("fsdp2", 0, 1) as made:
+        from benchmarks.zoo import batch
+
+        checkpointer = Checkpointer(run, made.member)
+        checkpointer.save(Progress(step=1))
+        ids = batch(50, dist.get_rank(), dist.get_world_size())
+        with torch.no_grad():
+            saved = made.module(ids).item()
+        made.step(1)
+        with torch.no_grad():
+            moved = made.module(ids).item()
+        checkpointer.resume("latest")
+        with torch.no_grad():
+            resumed = made.module(ids).item()
+        attached = Checkpointer(run, made.member)  # attaching in that state finds the sharded parameters too
+        return {"saved": saved, "moved": moved, "resumed": resumed, "engine": attached._models[""].adapter.engine}
+
+
+def records_that_differ(run: str) -> dict[str, str]:
+    """Values that ranks should share and do not."""
+    rank = dist.get_rank()
+
+    class Position:
+        def state_dict(self) -> dict[str, int]:
+            return {"at": 100 * rank}
+
+        def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+    model = nn.Linear(2, 2)
+    lr = torch.optim.SGD(model.parameters(), lr=0.1 * (rank + 1))
+    return {
+        "member": told(lambda: Checkpointer(run, model, loader=Position()).save(Progress(step=1))),
+        "lr": told(lambda: Checkpointer(run, (model, lr)).save(Progress(step=1))),
+        "metric": told(lambda: Checkpointer(run, model).save(Progress(step=1), metrics={"loss": 1.0 if rank == 0 else None})),  # type: ignore[dict-item]
+    }
+
+
+def fsdp1(run: str) -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return told(lambda: Checkpointer(run, FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))))
+
+
+def frozen_zero3(run: str, seed: int, load: bool) -> list[float]:
+    """ZeRO-3 without an optimizer: a reference model."""
+    import deepspeed
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 8}}
+    wrapped, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    checkpointer = Checkpointer(run, wrapped)
+    if load:
+        checkpointer.resume("latest")
+        assert checkpointer.max_difference() == 0.0
+    else:
+        checkpointer.save(Progress(step=1))
+    with torch.no_grad():
+        out = wrapped(torch.ones(1, 6)).flatten().tolist()
+    wrapped.destroy()
+    return out
+
+
+class LocalMomentum(torch.optim.Optimizer):
+    """Keeps plain local tensors beside DTensor parameters, and counts steps in ints."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, grad = self.state[p], p.grad._local_tensor
+                state.setdefault("m", torch.zeros_like(grad)).mul_(0.9).add_(grad)
+                state["step"] = state.get("step", 0) + 1
+                p._local_tensor.sub_(state["m"], alpha=group["lr"] / state["step"])
+
+
+def local_state(run: str) -> dict[str, Any]:
+    """An optimizer that works on local shards: each rank gets its own back, and ints stay ints."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def build_one(seed: int) -> tuple[nn.Module, LocalMomentum]:
+        torch.manual_seed(seed)
+        model = nn.Linear(6, 5)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        return model, LocalMomentum(model.parameters())
+
+    def train(model: nn.Module, optimizer: LocalMomentum) -> float:
+        loss = model(torch.ones(2, 6)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    model, optimizer = build_one(0)
+    train(model, optimizer)
+    Checkpointer(run, (model, optimizer)).save(Progress(step=1))
+    reference = [train(model, optimizer) for _ in range(2)]
+    model, optimizer = build_one(1)
+    train(model, optimizer)
+    Checkpointer(run, (model, optimizer)).resume("latest")
+    return {"reference": reference, "losses": [train(model, optimizer) for _ in range(2)], "step": type(optimizer.state[model.weight]["step"]).__name__}

@@ -37,7 +37,9 @@ def _dtensors(step: str, tensors: dict[str, torch.Tensor]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"])
+    )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     state = {name: distribute_tensor(torch.full_like(value, -1), mesh, [Shard(0)]) for name, value in tensors.items()}
     dcp.load(state, storage_reader=HuggingFaceStorageReader(step))

@@ -5,7 +5,8 @@ import pytest
 from benchmarks import matrix
 from benchmarks.pool import Pools
 
-SLICE = matrix.quick_cells()[::3]
+REFUSED = matrix.Cell(matrix.Config("fsdp2", 1), matrix.Config("zero1", 2), unused=True)
+SLICE = list(dict.fromkeys([*matrix.quick_cells()[::3], REFUSED]))
 
 
 @pytest.mark.timeout(300)

@@ -93,3 +93,32 @@ def test_random_state_at_another_world_size_is_derived_and_repeatable(pools: Poo
     assert len(set(found)) == 3
     assert not set(found) & set(drawn)
     assert pools[3].run(jobs.resume_and_draw, str(tmp_path)) == found
+
+
+def test_fsdp2_does_not_go_on_with_gathered_copies_of_old_weights(pools: Pools, tmp_path):
+    for found in pools[2].run(jobs.resume_while_gathered, str(tmp_path)):
+        assert found["moved"] != found["saved"]
+        assert found["resumed"] == found["saved"]
+        assert found["engine"] == "fsdp2"
+
+
+def test_values_that_differ_by_rank_are_named_not_lost(pools: Pools, tmp_path):
+    for found in pools[2].run(jobs.records_that_differ, str(tmp_path)):
+        assert "ranks [1] have another state of loader than rank 0" in found["member"]
+        assert "ranks [1] have other optimizer settings, schedules or counters than rank 0" in found["lr"]
+        assert "UsageError" in found["metric"]
+
+
+def test_fsdp1_is_refused(pools: Pools, tmp_path):
+    assert all("fully_shard" in error for error in pools[2].run(jobs.fsdp1, str(tmp_path)))
+
+
+def test_zero3_without_an_optimizer(pools: Pools, tmp_path):
+    reference = pools[2].run(jobs.frozen_zero3, str(tmp_path), 0, load=False)
+    assert pools[2].run(jobs.frozen_zero3, str(tmp_path), 1, load=True) == reference
+
+
+def test_an_optimizer_on_local_shards_gets_each_ranks_state_back(pools: Pools, tmp_path):
+    for found in pools[2].run(jobs.local_state, str(tmp_path)):
+        assert found["losses"] == found["reference"]
+        assert found["step"] == "int"

@@ -1,0 +1,1 @@
+"""Nouns the recipes share: data, models, schedules, the launched world. No training loop lives here."""

@@ -1,0 +1,1 @@
+"""Mirrors engine/: ``tests/plan/test_reads.py`` tests ``engine/plan/reads.py``."""

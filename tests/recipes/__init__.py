@@ -1,0 +1,1 @@
+"""Tests of ``recipes/causvid.py`` and of what it uses of ``recipes/lib``."""

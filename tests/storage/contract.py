@@ -1,0 +1,128 @@
+"""What every storage must do. A storage's test class inherits :class:`StorageTests` and gives it a ``storage`` fixture."""
+
+import pytest
+
+from engine.errors import CheckpointCorrupt, StorageError
+
+
+def put(storage, path: str, data: bytes = b"data") -> None:
+    writer = storage.create(path)
+    writer.write(memoryview(data))
+    writer.close()
+
+
+class StorageTests:
+    def test_what_is_written_is_read(self, storage):
+        storage.make_folder("a/b")
+        writer = storage.create("a/b/file")
+        for piece in (b"one", b"", b"two" * 1000):
+            writer.write(memoryview(piece))
+        writer.close()
+        assert storage.read("a/b/file", 10_000) == b"one" + b"two" * 1000
+
+    def test_ranges_fill_their_targets(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/file", bytes(range(256)))
+        reader = storage.open("a/file")
+        target = bytearray(10)
+        reader.read_into(250, memoryview(target)[:6])
+        reader.read_into(3, memoryview(target)[6:])
+        reader.read_into(256, memoryview(b""))
+        assert reader.size_bytes == 256
+        reader.close()
+        assert bytes(target) == bytes([250, 251, 252, 253, 254, 255, 3, 4, 5, 6])
+
+    def test_a_range_past_the_end_is_corrupt_and_names_the_file(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/file", b"12345")
+        reader = storage.open("a/file")
+        with pytest.raises(CheckpointCorrupt, match=r"a/file is truncated: it ends at byte 5, 2 more"):
+            reader.read_into(3, memoryview(bytearray(4)))
+        reader.close()
+
+    def test_an_absent_path_is_file_not_found(self, storage):
+        storage.make_folder("a")
+        for act in (storage.open, lambda p: storage.read(p, 10), storage.create):
+            with pytest.raises(FileNotFoundError):
+                act("no/such")
+        with pytest.raises(FileNotFoundError):
+            storage.open("a/no")
+        with pytest.raises(FileNotFoundError):
+            storage.remove_folder("no")
+
+    def test_a_small_file_larger_than_its_limit_is_corrupt(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/file", b"12345")
+        assert storage.read("a/file", 5) == b"12345"
+        with pytest.raises(CheckpointCorrupt, match=r"a/file has 5 bytes, at most 4"):
+            storage.read("a/file", 4)
+
+    def test_a_folder_is_not_read_as_a_file(self, storage):
+        storage.make_folder("a/b")
+        with pytest.raises((CheckpointCorrupt, FileNotFoundError)):
+            storage.open("a/b")
+
+    def test_create_never_overwrites(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/file", b"first")
+        with pytest.raises(StorageError, match="a/file"):
+            storage.create("a/file")
+        assert storage.read("a/file", 10) == b"first"
+
+    def test_names_lists_a_folder_and_nothing_for_none(self, storage):
+        storage.make_folder("a/sub")
+        put(storage, "a/x")
+        assert sorted(storage.names("a")) == ["sub", "x"]
+        assert storage.names("none") == []
+
+    def test_exists(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/x")
+        assert storage.exists("a/x")
+        assert not storage.exists("a/y")
+
+    def test_making_a_folder_that_exists_is_no_error(self, storage):
+        storage.make_folder("a/b")
+        storage.make_folder("a/b")
+        storage.make_folder("")
+
+    def test_publish_shows_the_whole_folder_under_its_name(self, storage):
+        storage.make_folder(".step.1")
+        put(storage, ".step.1/x", b"new")
+        storage.publish(".step.1", "step")
+        assert storage.read("step/x", 10) == b"new"
+        assert ".step.1" not in storage.names("")
+
+    def test_publish_replaces_a_folder_leaving_nothing_of_it(self, storage):
+        for attempt, name in ((".step.1", "old"), (".step.2", "new")):
+            storage.make_folder(attempt)
+            put(storage, f"{attempt}/{name}", name.encode())
+            storage.publish(attempt, "step")
+        assert storage.names("step") == ["new"]
+        assert storage.names("") == ["step"]
+
+    def test_point_replaces_a_text_whole(self, storage):
+        storage.make_folder("")
+        for text in ("a longer text\n", "short\n"):
+            storage.point("latest", text)
+            assert storage.read("latest", 100) == text.encode()
+        assert storage.names("") == ["latest"]
+
+    def test_removing_a_folder_removes_all_of_it(self, storage):
+        storage.make_folder("a/b")
+        put(storage, "a/b/x")
+        storage.remove_folder("a")
+        assert not storage.exists("a")
+
+    def test_an_abandoned_file_does_not_stop_the_removal_of_its_folder(self, storage):
+        storage.make_folder("a")
+        writer = storage.create("a/x")
+        writer.write(memoryview(b"part"))
+        writer.abandon()
+        storage.remove_folder("a")
+        assert storage.names("a") == []
+
+    def test_synced_folders(self, storage):
+        storage.make_folder("a")
+        storage.sync_folder("a")
+        storage.sync_folder("")

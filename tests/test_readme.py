@@ -1,0 +1,52 @@
+"""The loop in the README runs as printed, and resumes."""
+
+import contextlib
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def loop() -> str:
+    found = re.search(r"runs this block -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert found, "the README has no loop"
+    return found[1]
+
+
+def run(seed: int, stop_after: int | None = None) -> dict:
+    """Execute the block; ``stop_after`` so many batches it ends as if killed."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    names = {"dataset": torch.arange(320.0).view(80, 4) / 320, "model": model, "optimizer": optimizer, "scheduler": scheduler}
+    if stop_after is not None:
+        batches = itertools.count()
+
+        def stop(*args) -> None:
+            if next(batches) == stop_after:
+                raise KeyboardInterrupt
+
+        model.register_forward_pre_hook(stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        exec(loop(), names)
+    return names
+
+
+def test_the_readmes_loop_runs_and_resumes_bit_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = run(seed=0)
+    shutil.rmtree("runs")
+    stopped = run(seed=0, stop_after=3)  # two batches an epoch: in the middle of the second
+    assert stopped["progress"].step == 3
+    resumed = run(seed=1)
+    assert resumed["progress"].step == whole["progress"].step == 6
+    assert torch.equal(resumed["model"].weight, whole["model"].weight)
+
+
+def test_the_loop_is_short():
+    assert len([line for line in loop().splitlines() if line.strip()]) <= 15

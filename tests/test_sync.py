@@ -1,0 +1,239 @@
+"""Ranks in step: threads as ranks, over the stores that torch jobs have."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from engine import errors
+from engine.errors import CheckpointCorrupt, PeerError, StorageError
+from engine.sync import Ranks
+
+WORLD = 4
+
+
+@pytest.fixture(params=["hash", "file", "tcp"])
+def store(request, tmp_path):
+    """A function that gives each rank its own way to one store."""
+    if request.param == "hash":
+        shared = dist.HashStore()
+        return lambda: shared
+    if request.param == "file":
+        return lambda: dist.FileStore(str(tmp_path / "store"), WORLD)
+    host = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return lambda: dist.TCPStore("localhost", host.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+
+
+@pytest.fixture
+def hash_store():
+    """For what does not depend on the kind of store: the quickest."""
+    shared = dist.HashStore()
+    return lambda: shared
+
+
+def together(store, act, ranks=range(WORLD), timeout_seconds=20.0):
+    """``act(Ranks)`` on each of ``ranks`` at once; what each returned or raised, by rank."""
+
+    def one(rank):
+        try:
+            return act(Ranks(rank, WORLD, store(), timeout_seconds))
+        except BaseException as e:  # noqa: BLE001 - is what the tests look at
+            return e
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        return dict(zip(ranks, pool.map(one, ranks), strict=True))
+
+
+def fail_on(rank, failing, error):
+    if rank == failing:
+        raise error
+    return rank
+
+
+def test_values_come_in_rank_order_on_every_rank(store):
+    def act(ranks):
+        time.sleep(0.02 * (WORLD - ranks.rank))
+        return [ranks.gather("a", lambda: [ranks.rank, "x", None]), ranks.gather("b", lambda: {"rank": ranks.rank, "bytes": b"\0\xff"})]
+
+    expected = [[[r, "x", None] for r in range(WORLD)], [{"rank": r, "bytes": b"\0\xff"} for r in range(WORLD)]]
+    assert together(store, act) == dict.fromkeys(range(WORLD), expected)
+
+
+def test_first_runs_on_rank_0_only(hash_store):
+    ran = []
+    assert together(hash_store, lambda ranks: ranks.first("one", lambda: ran.append(ranks.rank) or 42)) == dict.fromkeys(range(WORLD), 42)
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("kind", errors.EngineError.__subclasses__())
+def test_one_ranks_error_is_every_ranks_with_its_class_and_rank(hash_store, kind):
+    found = together(hash_store, lambda ranks: ranks.gather("write", lambda: fail_on(ranks.rank, 2, kind("disk 7 is full"))))
+    assert {type(error) for error in found.values()} == {kind}
+    assert str(found[2]) == "disk 7 is full"
+    for rank in (0, 1, 3):
+        assert "write" in str(found[rank])
+        assert "rank 2" in str(found[rank])
+        assert "disk 7 is full" in str(found[rank])
+
+
+@pytest.mark.parametrize("failing", [0, WORLD - 1])
+def test_an_error_travels_over_every_store(store, failing):
+    found = together(store, lambda ranks: ranks.gather("write", lambda: fail_on(ranks.rank, failing, StorageError("full"))))
+    assert all(type(error) is StorageError for error in found.values())
+    assert all(f"rank {failing} failed" in str(error) for rank, error in found.items() if rank != failing)
+
+
+def test_a_foreign_error_arrives_as_a_peer_error_with_its_traceback(store):
+    found = together(store, lambda ranks: ranks.gather("plan", lambda: fail_on(ranks.rank, 1, KeyError("bias"))))
+    assert {type(error) for error in found.values()} == {PeerError}
+    assert isinstance(found[1].__cause__, KeyError)
+    assert all("plan: rank 1 failed" in str(error) for error in found.values())
+    for rank in (0, 2, 3):
+        assert "KeyError: 'bias'" in str(found[rank])
+        assert "fail_on" in str(found[rank])
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_a_rank_that_is_being_ended_tells_the_others_at_once(hash_store, kind):
+    began = time.monotonic()
+    found = together(hash_store, lambda ranks: ranks.gather("save", lambda: fail_on(ranks.rank, 1, kind())))
+    assert time.monotonic() - began < 5
+    assert type(found[1]) is kind
+    assert all(type(found[rank]) is PeerError and "save: rank 1 failed" in str(found[rank]) for rank in (0, 2, 3))
+
+
+def test_a_message_that_utf8_cannot_carry_still_arrives(hash_store):
+    found = together(hash_store, lambda ranks: ranks.gather("save", lambda: fail_on(ranks.rank, 1, StorageError("cannot write \udcff.bin"))))
+    assert all(type(error) is StorageError and "cannot write" in str(error) for error in found.values())
+
+
+def test_of_several_errors_the_lowest_ranks_is_told(hash_store):
+    def act(ranks):
+        return ranks.gather("read", lambda: fail_on(ranks.rank, ranks.rank, CheckpointCorrupt(f"seen by {ranks.rank}")))
+
+    found = together(hash_store, act)
+    assert all("seen by 0" in str(error) and type(error) is CheckpointCorrupt for error in found.values())
+
+
+def test_after_an_error_the_ranks_are_still_in_step(hash_store):
+    def act(ranks):
+        with pytest.raises(StorageError):
+            ranks.gather("write", lambda: fail_on(ranks.rank, 1, StorageError("full")))
+        return ranks.gather("again", lambda: ranks.rank)
+
+    assert together(hash_store, act) == {rank: list(range(WORLD)) for rank in range(WORLD)}
+
+
+def test_a_difference_is_every_ranks_error_and_names_who_differs(hash_store):
+    found = together(hash_store, lambda ranks: ranks.agree("the step", 7 if ranks.rank == 2 else 5))
+    for error in found.values():
+        assert type(error) is PeerError
+        assert "the step: rank 0 has 5, but rank 2 has 7" in str(error)
+
+
+def test_a_rank_that_never_comes_is_named_within_the_timeout(store):
+    began = time.monotonic()
+    found = together(store, lambda ranks: ranks.gather("save", lambda: None), [0, 1, 3], timeout_seconds=0.8)
+    assert time.monotonic() - began < 0.8 * 1.25 + 2
+    for error in found.values():
+        assert type(error) is PeerError
+        assert "ranks [2] did not report within" in str(error)
+        assert "rank 2 failed" in str(error)
+
+
+def test_without_rank_0_the_others_give_up_within_the_timeout(store):
+    began = time.monotonic()
+    found = together(store, lambda ranks: ranks.gather("save", lambda: None), [1, 2, 3], timeout_seconds=0.8)
+    assert time.monotonic() - began < 0.8 * 1.25 + 2
+    assert all(type(error) is PeerError and "for rank 0" in str(error) and "rank 0 failed" in str(error) for error in found.values())
+
+
+def test_rank_0_that_comes_after_the_others_gave_up_learns_of_it(hash_store):
+    """One decision: rank 0 cannot commit what the others have already aborted."""
+    gone = together(hash_store, lambda ranks: ranks.gather("save", lambda: None), [1, 2, 3], timeout_seconds=0.8)
+    late = together(hash_store, lambda ranks: ranks.gather("save", lambda: None), [0])
+    assert {type(error) for error in (gone | late).values()} == {PeerError}
+
+
+def test_a_rank_that_comes_after_the_decision_learns_of_it(hash_store):
+    present = together(hash_store, lambda ranks: ranks.gather("save", lambda: None), [0, 1, 3], timeout_seconds=0.8)
+    late = together(hash_store, lambda ranks: ranks.gather("save", lambda: None), [2])
+    assert all("ranks [2] did not report" in str(error) for error in (present | late).values())
+
+
+def test_after_a_lost_rank_every_further_round_fails_at_once(hash_store):
+    def act(ranks):
+        with pytest.raises(PeerError, match="did not report"):
+            ranks.gather("save", lambda: None)
+        began = time.monotonic()
+        with pytest.raises(PeerError, match=r"out of step since an earlier failure \(save: .*restart the job"):
+            ranks.gather("again", lambda: None)
+        return time.monotonic() - began
+
+    assert all(seconds < 0.1 for seconds in together(hash_store, act, [0, 1, 2], timeout_seconds=0.8).values())
+
+
+class LostStore:
+    """A store whose host has ended after some calls."""
+
+    def __init__(self, store, calls) -> None:
+        self._store, self._calls, self._lock = store, calls, threading.Lock()
+
+    def __getattr__(self, name):
+        with self._lock:
+            self._calls -= 1
+            if self._calls < 0:
+                raise dist.DistNetworkError("connection reset by peer")
+        return getattr(self._store, name)
+
+
+def test_a_lost_store_is_a_peer_error_at_once():
+    for calls in range(12):
+        shared = dist.HashStore()
+
+        def act(ranks, calls=calls):
+            if ranks.rank == 1:
+                ranks.store = LostStore(ranks.store, calls % 4)
+            return ranks.gather("save", lambda: None)
+
+        found = together(lambda shared=shared: shared, act, timeout_seconds=0.4)
+        if isinstance(found[1], Exception):
+            assert type(found[1]) is PeerError
+            assert "rank 1 lost the job's store" in str(found[1]) or "did not report" in str(found[1])
+
+
+def test_keys_of_past_rounds_are_deleted():
+    shared = dist.HashStore()
+    counts = []
+
+    def act(ranks):
+        for i in range(10):
+            ranks.gather("round", lambda i=i: fail_on(i, 99, None))
+            if ranks.rank == 0:
+                counts.append(shared.num_keys())
+
+    found = together(lambda: shared, act)
+    assert found == dict.fromkeys(range(WORLD))
+    assert max(counts) <= 2 * (WORLD + 1), f"keys grow: {counts}"
+    for past in range(1, 10):
+        assert not any(shared.check([f"lockstep/{past}/{key}"]) for key in (*range(WORLD), "decision"))
+
+
+def test_many_rounds_keep_their_order(store):
+    def act(ranks):
+        return [ranks.gather("round", lambda i=i: i * 10 + ranks.rank) for i in range(20)]
+
+    expected = [[i * 10 + rank for rank in range(WORLD)] for i in range(20)]
+    assert together(store, act) == dict.fromkeys(range(WORLD), expected)
+
+
+def test_one_rank_alone_needs_no_store():
+    ranks = Ranks()
+    assert ranks.gather("a", lambda: 3) == [3]
+    assert ranks.first("b", lambda: 4) == 4
+    ranks.agree("c", 5)
+    with pytest.raises(ZeroDivisionError):
+        ranks.gather("d", lambda: 1 / 0)
