@@ -106,7 +106,7 @@ class Checkpointer:
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
         self._parent = ""
-        self._loaded: _Load | None = None
+        self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
     def _attach(self, model: Any, members: Mapping[str, Any]) -> None:
         self._models: dict[str, Member] = {}
@@ -245,7 +245,7 @@ class Checkpointer:
         except Exception as e:
             e.add_note(_PARTLY)
             raise
-        self._parent, self._loaded = found[1], load
+        self._parent, self._loaded = found[1], (load.stored, load.stored_names)
         self._tell(load, bytes_read, time.perf_counter() - began)
         return load.progress
 
@@ -326,17 +326,18 @@ class Checkpointer:
         self._ranks.gather("restore the random state", lambda: self._restore_rng(load))
 
     def _restore_rng(self, load: _Load) -> None:
-        rank, stored = self._ranks.rank, load.stored
-        if stored.manifest.world_size == self._ranks.world_size:
-            restore_rng(decode_record(stored.index(rank).record)["rng"])
-            return
-        derive_rng(decode_record(stored.index(0).record)["rng"]["seed"], load.progress.step, rank)
+        rank, world_size, saved_on = self._ranks.rank, self._ranks.world_size, load.stored.manifest.world_size
+        writer = rank if world_size == saved_on else 0
+        try:
+            rng = decode_record(load.stored.index(writer).record)["rng"]
+            if world_size == saved_on:
+                restore_rng(rng)
+                return
+            derive_rng(rng["seed"], load.progress.step, rank)
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise CheckpointCorrupt(f"{load.stored.where}: the random state of rank {writer} is not as this version writes it: {e!r}") from e
         if rank == 0:
-            logger.info(
-                "saved on %d ranks, resumed on %d: random state is derived anew from the saved seed",
-                stored.manifest.world_size,
-                self._ranks.world_size,
-            )
+            logger.info("saved on %d ranks, resumed on %d: random state is derived anew from the saved seed", saved_on, world_size)
 
     def _tell(self, load: _Load, bytes_read: int, seconds: float) -> None:
         if self._ranks.rank:
@@ -357,12 +358,12 @@ class Checkpointer:
         """
         if self._loaded is None:
             raise UsageError("max_difference() compares with the checkpoint that was resumed; resume one first")
-        load = self._loaded
+        stored, names = self._loaded
 
         def compare() -> float:
-            live = {shard.name: shard for member in self._models.values() for shard in member.shards()}
-            pairs = {name: (shard, load.stored_name(name)) for name, shard in live.items() if load.stored_name(name) in load.stored.tensors}
-            return largest_difference(load.stored, pairs, self._ranks.rank)
+            shards = [shard for member in self._models.values() for shard in member.shards()]
+            pairs = [(shard, names.get(shard.name, shard.name)) for shard in shards]
+            return largest_difference(stored, [(shard, name) for shard, name in pairs if name in stored.tensors], self._ranks.rank)
 
         return max(self._ranks.gather("compare with the stored files", compare))
 
@@ -386,9 +387,6 @@ class _Load:
 
     def model_record(self, name: str) -> dict[str, Any]:
         return self.record["models"].get(name, {})
-
-    def stored_name(self, live: str) -> str:
-        return self.stored_names.get(live, live)
 
 
 def _load(stored: StoredCheckpoint, allow: Allow) -> _Load:

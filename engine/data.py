@@ -61,8 +61,8 @@ class ElasticSampler:
         order = self._order(epoch)
         while done < self.samples_per_epoch:
             batch = order[done : min(done + self.global_batch_size, self.samples_per_epoch)]
-            share = -(-len(batch) // self.world_size)
-            yield batch[self.rank * share : (self.rank + 1) * share]
+            first, last = (len(batch) * r // self.world_size for r in (self.rank, self.rank + 1))
+            yield batch[first:last]
             done += len(batch)
         self._samples = (epoch + 1) * self.samples_per_epoch  # loaders read ahead: only a whole epoch is counted here
 

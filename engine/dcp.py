@@ -5,15 +5,17 @@ layout rules that all ranks know, so there is nothing to gather or scatter, and 
 """
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from msgspec import Struct
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
@@ -196,8 +198,7 @@ def _source(number: int, item: WriteItem) -> Source:
     return Source(number, item.index.fqn, dtype_name(dtype), tuple(data.chunk.offsets), sizes, dtype.itemsize * torch.Size(sizes).numel())
 
 
-@dataclass(frozen=True)
-class Pairing:
+class Pairing(Struct, frozen=True):
     """A live shard and the stored tensor that fills it."""
 
     handle: ShardTensor
@@ -209,7 +210,7 @@ class ShardLoadPlanner(LoadPlanner):
 
     def __init__(self, pairings: Mapping[str, Pairing]) -> None:
         self._pairings = pairings
-        self._views: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._views: list[torch.Tensor] = []
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """The pairings hold all that is needed."""
@@ -218,28 +219,29 @@ class ShardLoadPlanner(LoadPlanner):
         return LoadPlan([item for name, pairing in self._pairings.items() for item in self._items(name, pairing)])
 
     def _items(self, name: str, pairing: Pairing) -> Iterator[ReadItem]:
+        """The index hints say where: ``dest_index.index`` counts the live views, ``storage_index.index`` is the rank that wrote."""
         handle, stored = pairing.handle, pairing.stored
         for box in handle._boxes:
-            view = handle._shard.view(box, handle._rank)
-            at = torch.Size(box.offsets)
-            self._views[name, box.offsets] = view
-            covered = 0
+            live = MetadataIndex(name, torch.Size(box.offsets), len(self._views))
+            self._views.append(handle._shard.view(box, handle._rank))
+            missing = box.numel
             for rank, source, overlap in wants(stored, box):
-                covered += overlap.numel
-                zero = torch.Size((0,) * len(at)) if overlap == box == source else None  # all of a box from all of a chunk
-                yield ReadItem(
-                    LoadItemType.TENSOR,
-                    MetadataIndex(name, at),
-                    zero or _difference(overlap, box),
-                    MetadataIndex(stored.name, torch.Size(source.offsets), rank),
-                    zero or _difference(overlap, source),
-                    torch.Size(overlap.sizes),
-                )
-            for overlap, value in absent(stored, box):
-                covered += overlap.numel
-                _narrow(view, _difference(overlap, box), overlap.sizes).fill_(value)
-            if covered != box.numel:
-                raise CheckpointCorrupt(f"{name}: the checkpoint covers {covered} of the {box.numel} elements at {list(box.offsets)}")
+                missing -= overlap.numel
+                file = MetadataIndex(stored.name, torch.Size(source.offsets), rank)
+                to, of = _difference(overlap, box), _difference(overlap, source)
+                yield ReadItem(LoadItemType.TENSOR, live, to, file, of, torch.Size(overlap.sizes))
+            if missing:
+                missing -= self._fill_absent(stored, box, self._views[-1])
+            if missing:
+                raise CheckpointCorrupt(f"{name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
+
+    def _fill_absent(self, stored: LogicalTensor, box: Box, view: torch.Tensor) -> int:
+        """Returns the elements filled."""
+        filled = 0
+        for overlap, value in absent(stored, box):
+            _narrow(view, _difference(overlap, box), overlap.sizes).fill_(value)
+            filled += overlap.numel
+        return filled
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan
@@ -254,7 +256,8 @@ class ShardLoadPlanner(LoadPlanner):
         raise UsageError("a lockstep checkpoint holds no byte entries")
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        view = self._views[read_item.dest_index.fqn, tuple(read_item.dest_index.offset or ())]
+        assert read_item.dest_index.index is not None  # set by this planner
+        view = self._views[read_item.dest_index.index]
         return view if view.shape == read_item.lengths else _narrow(view, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
@@ -262,7 +265,7 @@ class ShardLoadPlanner(LoadPlanner):
 
 
 def _difference(inner: Box, outer: Box) -> torch.Size:
-    return torch.Size([a - b for a, b in zip(inner.offsets, outer.offsets, strict=True)])
+    return torch.Size(map(operator.sub, inner.offsets, outer.offsets))
 
 
 def _narrow(view: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
@@ -282,12 +285,8 @@ class ShardReader(StorageReader):
         """The checkpoint is given open."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Names, shapes and dtypes. Chunks are left out: they follow from the manifest's layout rules."""
-        tensors = {
-            t.name: TensorStorageMetadata(TensorProperties(dtype=torch_dtype(t.dtype)), torch.Size(t.shape), [])
-            for t in self._stored.manifest.tensors
-        }
-        return Metadata(state_dict_metadata=tensors)  # type: ignore[arg-type]
+        """Empty: what is stored, and where, follows from the manifest, which planner and reader already have."""
+        return Metadata(state_dict_metadata={})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """The manifest is already read and verified."""
@@ -303,11 +302,9 @@ class ShardReader(StorageReader):
         for item in plan.items:
             source = item.storage_index
             assert source.index is not None  # the rank that wrote it, set by our planner
-            chunk = self._stored.chunk(source.fqn, tuple(source.offset or ()), source.index)
-            requests.append(Request(source.index, chunk, Box(tuple(item.storage_offsets), tuple(item.lengths)), planner.resolve_tensor(item)))
+            chunk = self._stored.chunk(source.fqn, source.offset or (), source.index)
+            requests.append(Request(source.index, chunk, Box(item.storage_offsets, item.lengths), planner.resolve_tensor(item)))
         self.bytes_read += fill(self._stored, requests)
-        for item, request in zip(plan.items, requests, strict=True):
-            planner.commit_tensor(item, request.target)
         done: Future[None] = Future()
         done.set_result(None)
         return done

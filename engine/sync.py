@@ -72,8 +72,9 @@ class Ranks:
         report, error = _Report(), None
         try:
             report.value = act()
+            msgspec.msgpack.encode(report)  # a value that cannot travel is this rank's error like any other
         except BaseException as e:
-            error = e
+            error, report.value = e, None
             report.failure = _Failure(self.rank, type(e).__name__, _plain(str(e)), _plain("".join(traceback.format_exception(e))))
             if not isinstance(e, Exception):  # the process is being ended: tell the others, do not wait for them
                 self._report(what, report)

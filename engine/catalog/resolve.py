@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, UsageError
 from engine.format.manifest import MANIFEST, MAX_ENVELOPE_BYTES, Manifest, decode
@@ -13,8 +14,7 @@ logger = logging.getLogger("engine")
 _MAX_POINTER_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """A committed step: its folder's name below the run, and its number."""
 
     name: str

@@ -13,7 +13,7 @@ ANY = -1
 """In :attr:`Grid.writer`: which of the holders writes has not been assigned yet."""
 
 
-class Mesh(Struct, frozen=True, array_like=True):
+class Mesh(Struct, frozen=True, array_like=True, gc=False):
     """Ranks arranged in a grid, row-major. Empty ``ranks`` stand for 0, 1, 2, …"""
 
     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ class Mesh(Struct, frozen=True, array_like=True):
         return self.ranks.index(rank) if rank in self.ranks else None
 
 
-class Grid(Struct, frozen=True, array_like=True, tag="grid"):
+class Grid(Struct, frozen=True, array_like=True, tag="grid", gc=False):
     """Split as DTensor splits: mesh dimension i cuts tensor dimension ``dims[i]`` into ceil-sized pieces, in mesh order.
 
     With only ``REPLICATED`` dims every rank of the mesh holds all. ``writer`` numbers the holders of one piece (row-major over
@@ -48,7 +48,7 @@ class Grid(Struct, frozen=True, array_like=True, tag="grid"):
     writer: int = ANY
 
 
-class Flat(Struct, frozen=True, array_like=True, tag="flat"):
+class Flat(Struct, frozen=True, array_like=True, tag="flat", gc=False):
     """Split as ZeRO splits: the tensor lies, row-major, at ``start`` of a flat buffer cut into ``chunk`` elements a rank."""
 
     mesh: Mesh
@@ -56,7 +56,7 @@ class Flat(Struct, frozen=True, array_like=True, tag="flat"):
     chunk: int
 
 
-class Absent(Struct, frozen=True, array_like=True, tag="absent"):
+class Absent(Struct, frozen=True, array_like=True, tag="absent", gc=False):
     """Declared not to exist: nothing is stored, a reader fills with ``fill``."""
 
     fill: float = 0.0
@@ -65,7 +65,7 @@ class Absent(Struct, frozen=True, array_like=True, tag="absent"):
 Layout = Grid | Flat | Absent
 
 
-class Part(Struct, frozen=True, array_like=True):
+class Part(Struct, frozen=True, array_like=True, gc=False):
     """One box of a logical tensor and how it is laid out. Empty offsets and sizes: the whole tensor."""
 
     layout: Layout
@@ -73,7 +73,7 @@ class Part(Struct, frozen=True, array_like=True):
     sizes: tuple[int, ...] = ()
 
 
-class LogicalTensor(Struct, frozen=True, array_like=True):
+class LogicalTensor(Struct, frozen=True, array_like=True, gc=False):
     """A tensor of the training state with its global shape. Its parts tile it."""
 
     name: str

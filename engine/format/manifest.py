@@ -19,14 +19,14 @@ _ENVELOPE = struct.Struct(f"<8sHHIQ{DIGEST_BYTES}s")  # magic, format, kind, zer
 _KINDS = {"manifest": 1, "index": 2}
 
 
-class IndexEntry(Struct, frozen=True, array_like=True):
+class IndexEntry(Struct, frozen=True, array_like=True, gc=False):
     """A rank's index file, as the manifest knows it."""
 
     size_bytes: int
     digest: bytes
 
 
-class Manifest(Struct, frozen=True):
+class Manifest(Struct, frozen=True, gc=False):
     """What a step holds. ``record`` is the typed record shared by all ranks; ``tensors`` are in the order chunks refer to."""
 
     format: int
@@ -45,7 +45,7 @@ class Manifest(Struct, frozen=True):
     record: bytes
 
 
-class FileEntry(Struct, frozen=True, array_like=True):
+class FileEntry(Struct, frozen=True, array_like=True, gc=False):
     """One shard file of a rank. ``header_bytes`` counts the 8 length bytes and the JSON with its padding."""
 
     name: str
@@ -54,7 +54,7 @@ class FileEntry(Struct, frozen=True, array_like=True):
     header_digest: bytes
 
 
-class Chunk(Struct, frozen=True, array_like=True):
+class Chunk(Struct, frozen=True, array_like=True, gc=False):
     """One box of one tensor: ``nbytes`` at ``offset`` of file ``file``; ``digests`` holds 16 bytes a block."""
 
     tensor: int
@@ -66,7 +66,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     digests: bytes
 
 
-class RankIndex(Struct, frozen=True):
+class RankIndex(Struct, frozen=True, gc=False):
     """What one rank wrote. ``record`` is its own typed record (RNG state)."""
 
     rank: int

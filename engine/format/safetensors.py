@@ -7,7 +7,8 @@ torch/distributed/checkpoint/_hf_utils.py (torch 2.8 and later).
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt
 from engine.format.dtypes import ITEM_BYTES, STORED_AS_BYTES
@@ -17,8 +18,7 @@ MAX_HEADER_BYTES = 50_000_000
 """Readers refuse headers of more than 100 MB; a rank's image is split into further files well before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True, gc=False):
     """One box as it lies in a file. ``offset`` counts from the start of the data, in bytes."""
 
     name: str

@@ -4,14 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.safetensors import MAX_HEADER_BYTES, Entry, encode_header
 
 _ENTRY_BYTES = 220  # about what a header spends on an entry beside its name, which it has twice
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True, gc=False):
     """One box to be written: ``item`` is its place in the caller's list."""
 
     item: int

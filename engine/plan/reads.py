@@ -1,7 +1,8 @@
 """What a load reads: the block runs of stored chunks, sorted by file and offset, neighbours joined."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from engine.format.checksum import BLOCK_BYTES
 from engine.format.dtypes import ITEM_BYTES
@@ -27,21 +28,8 @@ def absent(tensor: LogicalTensor, target: Box) -> Iterator[tuple[Box, float]]:
                 yield overlap, part.layout.fill
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Blocks [first_block, stop_block) of a chunk, for some of the caller's items."""
-
-    chunk: int
-    first_block: int
-    stop_block: int
-    offset: int
-    nbytes: int
-    items: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """An item's box inside one stored chunk: ``begin`` is the chunk's byte offset in the file."""
+class Need(Struct, frozen=True, gc=False):
+    """A box inside one stored chunk, for the caller's ``item``: ``begin`` is the chunk's byte offset in the file."""
 
     item: int
     chunk: int
@@ -52,24 +40,35 @@ class Need:
     nbytes: int
 
 
+class Slice(Struct, frozen=True, gc=False):
+    """Blocks [first_block, stop_block) of a chunk, at ``offset`` of the file, and the needs that they serve."""
+
+    chunk: int
+    first_block: int
+    stop_block: int
+    offset: int
+    nbytes: int
+    needs: tuple[Need, ...]
+
+
 def slices(needs: Iterable[Need]) -> Iterator[Slice]:
     """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``."""
-    by_chunk: dict[int, list[Need]] = {}
+    by_chunk: dict[int, tuple[Need, ...]] = {}
     for need in needs:
-        by_chunk.setdefault(need.chunk, []).append(need)
+        by_chunk[need.chunk] = (*by_chunk.get(need.chunk, ()), need)
     per_piece = RUN_BYTES // BLOCK_BYTES
-    for group in sorted(by_chunk.values(), key=lambda g: g[0].begin):
+    for group in sorted(by_chunk.values(), key=lambda group: group[0].begin):
         chunk = group[0]
         if chunk.nbytes <= BLOCK_BYTES:
-            yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, tuple(n.item for n in group))
+            yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, group)
             continue
-        spans = [(n, *_block_span(n)) for n in group]
+        spans = [(need, *_block_span(need)) for need in group]
         for first, stop in _union([(first, stop) for _, first, stop in spans]):
             for low in range(first, stop, per_piece):
                 high = min(low + per_piece, stop)
-                items = tuple(n.item for n, a, b in spans if a < high and b > low)
+                served = tuple(need for need, a, b in spans if a < high and b > low)
                 size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
-                yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, items)
+                yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
 
 
 def _block_span(need: Need) -> tuple[int, int]:

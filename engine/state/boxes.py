@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TypeGuard
+
+from msgspec import Struct
 
 from engine.errors import LayoutError
 from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, Layout, LogicalTensor, Part
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(Struct, frozen=True, gc=False):
     """An axis-aligned block of an N-D tensor: where it starts and how large it is."""
 
     offsets: tuple[int, ...]

@@ -4,6 +4,7 @@ A state is a *scalar* if it is one number for the whole parameter (``step``), el
 a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -205,6 +206,8 @@ def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot
             live = state.get(key)
             alike = tensor.shape == slot.piece.shape or slot.cut is not None
             shape = slot.piece.shape if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
+            if not isinstance(live, torch.Tensor) and math.prod(shape) > math.prod(slot.piece.shape):  # would be allocated as stored
+                raise IncompatibleCheckpoint(f"{tensor.name} has shape {list(shape)}, more than its parameter of {list(slot.piece.shape)}")
             dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor)
             described.append(LogicalTensor(f"{prefix}{slot.piece.name}.{key}", dtype_name(dtype), shape, ()))
     return described

@@ -1,9 +1,9 @@
 """A rank's piece of a logical tensor: the agreed description, and views of the live storage behind it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from engine.errors import LayoutError, UsageError
 from engine.format.layout import Flat, LogicalTensor, Part
@@ -35,8 +35,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.numpy())  # pyright: ignore[reportArgumentType]  # NumPy's arrays are buffers from Python 3.12 on for pyright
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(Struct, frozen=True, gc=False):
     """What this rank holds of ``tensor``: for each part either a 1-D view of its flat interval (:class:`Flat`) or its N-D box
     (:class:`Grid`); None for a part it has no share in. The views alias live training state: nothing is copied."""
 

@@ -1,17 +1,16 @@
 """The seam between engines and the checkpoint: an adapter says where the state lives, everything else is common."""
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from msgspec import Struct
 from torch import nn
 
 from engine.format.layout import Layout
 from engine.state.names import Names
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True, gc=False):
     """A parameter as the checkpoint sees it. ``local`` is this rank's live storage (the fp32 master where there is one): N-D for
     a Grid layout, 1-D for Flat. ``low`` is the live low-precision copy of the same elements, where there is one."""
 
@@ -22,8 +21,7 @@ class Piece:
     low: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Struct, frozen=True, gc=False):
     """A parameter's place in an optimizer: ``optimizer.state[holder]`` is its state, in ``param_groups[group]``.
 
     ``cut`` is its (offset, length) in a holder that several parameters share (ZeRO's flat buffers), None where the holder is

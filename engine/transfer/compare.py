@@ -1,7 +1,7 @@
 """Compare live state with the files of a step, read by the safetensors package: a second opinion on our own reader."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from safetensors import safe_open
@@ -12,11 +12,11 @@ from engine.state.shard import Shard, torch_dtype
 from engine.transfer.stored import StoredCheckpoint
 
 
-def largest_difference(stored: StoredCheckpoint, pairs: Mapping[str, tuple[Shard, str]], rank: int) -> float:
-    """The largest |live − stored| over what ``rank`` holds; inf where only one is NaN. ``pairs``: live name → (shard, stored name).
+def largest_difference(stored: StoredCheckpoint, pairs: Iterable[tuple[Shard, str]], rank: int) -> float:
+    """The largest |live − stored| over what ``rank`` holds; inf where only one is NaN. ``pairs``: live shards with their stored names.
     Elements that are declared absent, in no file, are not compared."""
     wanted: dict[str, list[Shard]] = {}
-    for shard, name in pairs.values():
+    for shard, name in pairs:
         if stored.tensors[name].dtype not in STORED_AS_BYTES:
             wanted.setdefault(name, []).append(shard)
     largest = 0.0

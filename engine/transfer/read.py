@@ -1,9 +1,9 @@
 """Read: sorted range reads, every block verified before its elements reach their targets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
@@ -16,8 +16,7 @@ from engine.storage import Reader
 from engine.transfer.stored import REMEDY, StoredCheckpoint
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True, gc=False):
     """Fill ``target`` (of ``inner``'s sizes, any dtype and strides) from ``inner``, a box within a chunk of ``rank``'s index."""
 
     rank: int
@@ -31,7 +30,7 @@ def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
     by_file: dict[tuple[int, int], list[Need]] = {}
     for i, request in enumerate(requests):
         chunk = stored.index(request.rank).chunks[request.chunk]
-        if any(o + n > size for o, n, size in zip(request.inner.offsets, request.inner.sizes, chunk.sizes, strict=True)):
+        if request.inner.sizes != chunk.sizes and not _fits(request.inner, chunk.sizes):
             name = stored.manifest.tensors[chunk.tensor].name
             raise CheckpointCorrupt(
                 f"{stored.where}, written by rank {request.rank}: {name} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
@@ -45,6 +44,10 @@ def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
     return sum(_FileReader(stored, rank, number, requests, buffer).fill(needs) for (rank, number), needs in sorted(by_file.items()))
 
 
+def _fits(inner: Box, sizes: tuple[int, ...]) -> bool:
+    return all(o + n <= size for o, n, size in zip(inner.offsets, inner.sizes, sizes, strict=True))
+
+
 class _FileReader:
     def __init__(self, stored: StoredCheckpoint, rank: int, number: int, requests: Sequence[Request], buffer: torch.Tensor) -> None:
         self._stored = stored
@@ -56,7 +59,6 @@ class _FileReader:
         self._bytes = bytes_of(buffer)
 
     def fill(self, needs: list[Need]) -> int:
-        by_item = {need.item: need for need in needs}
         total = 0
         reader = self._open()
         try:
@@ -66,7 +68,7 @@ class _FileReader:
                 size_bytes = run[-1].offset + run[-1].nbytes - begin
                 reader.read_into(begin, self._bytes[:size_bytes])
                 total += size_bytes
-                self._take(run, by_item)
+                self._take(run)
         finally:
             reader.close()
         return total
@@ -90,27 +92,39 @@ class _FileReader:
         if digest(header) != self._file.header_digest:
             raise CheckpointCorrupt(f"{self._stored.where}/{self._file.name}, written by rank {self._rank}: its header has changed. {REMEDY}")
 
-    def _take(self, run: list[Slice], by_item: dict[int, Need]) -> None:
-        """Verify a run, then copy: whole chunks of one dtype in one batch, pieces of chunks one by one."""
+    def _take(self, run: list[Slice]) -> None:
+        """Verify a run, then copy: chunks that are wanted whole in one batch, pieces of chunks one by one."""
         begin = run[0].offset
-        sources: list[torch.Tensor] = []
-        targets: list[torch.Tensor] = []
+        whole: dict[str, list[tuple[int, Chunk, torch.Tensor]]] = {}
         for piece in run:
             chunk = self._index.chunks[piece.chunk]
             low = piece.offset - begin
             self._verify(chunk, piece, self._bytes[low : low + piece.nbytes])
-            data = self._buffer[low : low + piece.nbytes]
-            for item in piece.items:
-                need, target = by_item[item], self._requests[item].target
-                aligned = data if low % ITEM_BYTES[need.dtype] == 0 else data.clone()  # never needed for files in our order
-                flat = aligned.view(torch_dtype(need.dtype))
+            for need in piece.needs:
+                target = self._requests[need.item].target
                 if piece.nbytes == chunk.nbytes and need.inner.sizes == chunk.sizes:
-                    sources.append(flat.view(chunk.sizes))
-                    targets.append(target)
+                    whole.setdefault(need.dtype, []).append((low, chunk, target))
                 else:
+                    flat = self._elements(low, piece.nbytes, need.dtype)
                     _copy_piece(flat, chunk.sizes, piece.first_block * BLOCK_BYTES // flat.element_size(), need.inner, target)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        for dtype, chunks in whole.items():
+            torch._foreach_copy_([target for *_, target in chunks], self._views(dtype, chunks))
+
+    def _views(self, dtype: str, chunks: list[tuple[int, Chunk, torch.Tensor]]) -> list[torch.Tensor]:
+        """The chunks' elements in the buffer: one split where they lie without gaps, which they nearly always do."""
+        first, last = chunks[0][0], chunks[-1][0] + chunks[-1][1].nbytes
+        if last - first == sum(chunk.nbytes for _, chunk, _ in chunks) and len({low for low, *_ in chunks}) == len(chunks):
+            width = ITEM_BYTES[dtype]
+            flats = self._elements(first, last - first, dtype).split([chunk.nbytes // width for _, chunk, _ in chunks])
+        else:
+            flats = [self._elements(low, chunk.nbytes, dtype) for low, chunk, _ in chunks]
+        return [flat if len(chunk.sizes) == 1 else flat.view(chunk.sizes) for flat, (_, chunk, _) in zip(flats, chunks, strict=True)]
+
+    def _elements(self, low: int, nbytes: int, dtype: str) -> torch.Tensor:
+        data = self._buffer[low : low + nbytes]
+        if low % ITEM_BYTES[dtype]:
+            data = data.clone()  # never for files in our order, larger items first
+        return data.view(torch_dtype(dtype))
 
     def _verify(self, chunk: Chunk, piece: Slice, data: memoryview) -> None:
         for block in range(piece.first_block, piece.stop_block):

@@ -1,9 +1,9 @@
 """Stage: live tensors become the bytes of a file image, a window at a time."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from engine.format.checksum import BLOCK_BYTES
 from engine.plan.image import Image
@@ -14,8 +14,7 @@ WINDOW_BYTES = 16 * 1024 * 1024
 """What a save copies at once: the host memory it needs beyond training. A multiple of the checksum block."""
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """``data`` goes next into the file. It holds entries [first, stop) whole, or (``partial``) a run of blocks of entry ``first``.
     Valid until the next one is asked for."""
 

@@ -1,9 +1,9 @@
 """Write: images to files, checksummed in the same pass, durable when it returns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 
 from engine.format.checksum import block_digests, digest
 from engine.format.manifest import FileEntry, shard_name
@@ -12,8 +12,7 @@ from engine.storage import Storage
 from engine.transfer.stage import Stager
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(Struct, frozen=True, gc=False):
     """Where one item went. ``offset`` counts from the start of the file."""
 
     file: int

@@ -89,7 +89,7 @@ def test_slices_and_runs(wanted, run_bytes):
         for need in wanted:
             if need.chunk == number:
                 touched = _blocks(need)
-                assert {b for p in of_chunk if need.item in p.items for b in range(p.first_block, p.stop_block)} >= touched, (
+                assert {b for p in of_chunk if need in p.needs for b in range(p.first_block, p.stop_block)} >= touched, (
                     "an item misses a block it needs"
                 )
                 span |= set(range(min(touched), max(touched) + 1))
@@ -98,8 +98,8 @@ def test_slices_and_runs(wanted, run_bytes):
             low = piece.first_block * BLOCK_BYTES
             assert piece.offset == chunk.begin + low
             assert piece.nbytes == min(piece.stop_block * BLOCK_BYTES, chunk.nbytes) - low
-            assert piece.items
-            assert len(set(piece.items)) == len(piece.items)
+            assert piece.needs
+            assert len(set(piece.needs)) == len(piece.needs)
 
 
 def test_rows_of_a_large_chunk_read_only_their_blocks():
