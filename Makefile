@@ -1,6 +1,7 @@
 # Everything runs in its own .venv; `make setup` is part of each target and does nothing the second time.
 VENV := .venv
 BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: setup demo test check bench clean
@@ -12,7 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt .ci/setup
 	touch $@
 
 demo: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo
 
 test: setup
 	$(BIN)/python -m pytest

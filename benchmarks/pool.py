@@ -81,10 +81,18 @@ class Pool:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def use_own_tools() -> None:
+    """DeepSpeed's op as `make setup` built it, and this environment's ninja: another one would build it again."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+    tools = os.path.join(sys.prefix, "bin")
+    if not os.environ["PATH"].startswith(tools):
+        os.environ["PATH"] = f"{tools}:{os.environ['PATH']}"
+
+
 def _serve(pipe: Connection, rank: int, world_size: int, folder: str, name: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR=os.path.basename(folder), MASTER_PORT="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))  # built by `make setup`
+    use_own_tools()
     import torch
     import torch.distributed as dist
 

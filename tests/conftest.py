@@ -1,16 +1,16 @@
 """Shared by all tests: real ranks in worker pools that live for the session, and Hypothesis' profiles."""
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from benchmarks.pool import Pools
+from benchmarks.pool import Pools, use_own_tools
+
+use_own_tools()
 
 _CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("same", max_examples=100, derandomize=True, deadline=None, suppress_health_check=_CHECKS)
