@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import math
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,9 +211,3 @@ def _deepspeed(model: Zoo, engine: str, dtype: str, accumulation: int, zero: dic
 
 def _warm_up(step: int) -> float:
     return min(1.0, (step + 1) / 4)
-
-
-def shapes() -> Iterator[tuple[str, int]]:
-    """Names and element counts, for the records of a benchmark."""
-    for name, p in Zoo(0).named_parameters():
-        yield name, math.prod(p.shape)

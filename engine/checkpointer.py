@@ -29,7 +29,7 @@ from engine.state.shard import Shard
 from engine.storage import LocalStorage
 from engine.sync import current_ranks
 from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
-from engine.transfer.compare import largest_difference
+from engine.transfer.compare import differences
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
@@ -363,7 +363,8 @@ class Checkpointer:
         def compare() -> float:
             shards = [shard for member in self._models.values() for shard in member.shards()]
             pairs = [(shard, names.get(shard.name, shard.name)) for shard in shards]
-            return largest_difference(stored, [(shard, name) for shard, name in pairs if name in stored.tensors], self._ranks.rank)
+            found = differences(stored, [(shard, name) for shard, name in pairs if name in stored.tensors], self._ranks.rank)
+            return max(found.values(), default=0.0)
 
         return max(self._ranks.gather("compare with the stored files", compare))
 

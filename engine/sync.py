@@ -95,13 +95,6 @@ class Ranks:
         """Run ``act`` on rank 0 only; every rank returns its result, or raises its error. Every rank calls this."""
         return self.gather(what, act if self.rank == 0 else lambda: None)[0]
 
-    def agree(self, what: str, value: Any) -> None:
-        """Every rank calls this with the value that must be the same everywhere; a difference is every rank's error."""
-        values = self.gather(what, lambda: value)
-        odd = [rank for rank, other in enumerate(values) if other != values[0]]
-        if odd:
-            raise PeerError(f"{what}: rank 0 has {values[0]!r}, but rank {odd[0]} has {values[odd[0]]!r} (ranks that differ from 0: {odd[:16]})")
-
     def _report(self, what: str, report: _Report) -> str:
         """Opens the next round; returns its prefix in the store."""
         assert self.store is not None

@@ -127,13 +127,6 @@ def test_after_an_error_the_ranks_are_still_in_step(hash_store):
     assert together(hash_store, act) == {rank: list(range(WORLD)) for rank in range(WORLD)}
 
 
-def test_a_difference_is_every_ranks_error_and_names_who_differs(hash_store):
-    found = together(hash_store, lambda ranks: ranks.agree("the step", 7 if ranks.rank == 2 else 5))
-    for error in found.values():
-        assert type(error) is PeerError
-        assert "the step: rank 0 has 5, but rank 2 has 7" in str(error)
-
-
 def test_a_rank_that_never_comes_is_named_within_the_timeout(store):
     began = time.monotonic()
     found = together(store, lambda ranks: ranks.gather("save", lambda: None), [0, 1, 3], timeout_seconds=0.8)
@@ -234,6 +227,5 @@ def test_one_rank_alone_needs_no_store():
     ranks = Ranks()
     assert ranks.gather("a", lambda: 3) == [3]
     assert ranks.first("b", lambda: 4) == 4
-    ranks.agree("c", 5)
     with pytest.raises(ZeroDivisionError):
         ranks.gather("d", lambda: 1 / 0)

@@ -4,7 +4,6 @@ import re
 
 LATEST = "latest"
 RUN_FILE = "run.json"
-LOGS = "logs"
 _STEP = re.compile(r"step_(\d{8,18})")
 
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from engine.errors import CheckpointCorrupt
 from engine.format.dtypes import ITEM_BYTES, STORED_AS_BYTES
 
 HEADER_ALIGN_BYTES = 4096
@@ -48,17 +47,3 @@ def encode_header(entries: Sequence[Entry]) -> bytes:
     text = json.dumps({"__metadata__": metadata, **header}, separators=compact, ensure_ascii=False).encode()
     padded = -(-(8 + len(text)) // HEADER_ALIGN_BYTES) * HEADER_ALIGN_BYTES
     return struct.pack("<Q", padded - 8) + text.ljust(padded - 8)
-
-
-def decode_header(data: bytes, where: str) -> dict[str, Entry]:
-    """The boxes a header declares, by name, in U8 form for types stored as bytes. Raises :class:`CheckpointCorrupt`."""
-    try:
-        header = json.loads(data[8:])
-        info = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-        found = {}
-        for name, e in header.items():
-            begin, end = e["data_offsets"]
-            found[name] = Entry(name, e["dtype"], tuple(info[name]["saved_offsets"]), tuple(e["shape"]), begin, end - begin)
-        return found
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointCorrupt(f"{where}: its safetensors header cannot be read: {e!r}") from e

@@ -12,21 +12,21 @@ from engine.state.shard import Shard, torch_dtype
 from engine.transfer.stored import StoredCheckpoint
 
 
-def largest_difference(stored: StoredCheckpoint, pairs: Iterable[tuple[Shard, str]], rank: int) -> float:
-    """The largest |live − stored| over what ``rank`` holds; inf where only one is NaN. ``pairs``: live shards with their stored names.
-    Elements that are declared absent, in no file, are not compared."""
+def differences(stored: StoredCheckpoint, pairs: Iterable[tuple[Shard, str]], rank: int) -> dict[str, float]:
+    """By live name, the largest |live − stored| over what ``rank`` holds; inf where only one is NaN. ``pairs``: live shards with
+    their stored names. Elements that are declared absent, in no file, are not compared, nor are types stored as bytes."""
     wanted: dict[str, list[Shard]] = {}
     for shard, name in pairs:
         if stored.tensors[name].dtype not in STORED_AS_BYTES:
             wanted.setdefault(name, []).append(shard)
-    largest = 0.0
+    largest = {shard.name: 0.0 for shards in wanted.values() for shard in shards}
     for path in _files(stored):
         with safe_open(path, framework="pt") as file:
             sharding = json.loads(file.metadata()["DCP_SHARDING_INFO"])
             for name in file.keys():  # noqa: SIM118 - not a dict
                 for shard in wanted.get(name, ()):
-                    saved = file.get_slice(name)
-                    largest = max(largest, _difference(shard, saved, tuple(sharding[name]["saved_offsets"]), rank))
+                    gap = _difference(shard, file.get_slice(name), tuple(sharding[name]["saved_offsets"]), rank)
+                    largest[shard.name] = max(largest[shard.name], gap)
     return largest
 
 
