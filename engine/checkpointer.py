@@ -102,13 +102,14 @@ class Checkpointer:
         self._storage = LocalStorage(run)
         self._config = dict(config or {})
         self._ranks = current_ranks(timeout_seconds)
-        self._ranks.gather("attach", lambda: self._attach(model, members))
+        _require_same(self._ranks.gather("attach", lambda: self._attach(model, members)))
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
         self._parent = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
-    def _attach(self, model: Any, members: Mapping[str, Any]) -> None:
+    def _attach(self, model: Any, members: Mapping[str, Any]) -> dict[str, Any]:
+        """Check that this rank holds what the layout rules say; that all ranks have the same rules is for the caller."""
         self._models: dict[str, Member] = {}
         self._others: dict[str, Any] = {}
         if model is not None:
@@ -120,6 +121,8 @@ class Checkpointer:
                 self._models[name] = Member(f"{name}.", adapter_for(name, member), self._ranks.rank)
         for member in self._models.values():
             member.check()
+        described = [shard.tensor for member in self._models.values() for shard in member.shards()]
+        return {"have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described))}
 
     # ------------------------------------------------------------------ save
 
@@ -170,12 +173,7 @@ class Checkpointer:
                 "have another state of " + " and ".join(others): digest(encode_record(others)),
             }
 
-        reports = self._ranks.gather("agree on the save", capture)
-        for what, value in reports[0].items():
-            odd = [rank for rank, report in enumerate(reports) if report.get(what) != value]
-            if odd:
-                detail = f" ({reports[odd[0]].get(what)} and {value})" if isinstance(value, list) else ""
-                raise PeerError(f"ranks {odd[:16]} {what} than rank 0{detail}: a checkpoint holds one state, which all ranks share")
+        _require_same(self._ranks.gather("agree on the save", capture))
         return captured[0]
 
     def _write(self, attempt: str, captured: _Captured) -> list[Any]:
@@ -397,6 +395,15 @@ def _load(stored: StoredCheckpoint, allow: Allow) -> _Load:
         return _Load(stored, record, msgspec.convert(record["progress"], Progress), allow)
     except (msgspec.ValidationError, KeyError, TypeError) as e:
         raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
+
+
+def _require_same(reports: list[dict[str, Any]]) -> None:
+    """Each rank reports the same keys, worded to follow "ranks […]". Raises :class:`PeerError` naming who differs from rank 0."""
+    for what, value in reports[0].items():
+        odd = [rank for rank, report in enumerate(reports) if report.get(what) != value]
+        if odd:
+            detail = f" ({reports[odd[0]].get(what)} and {value})" if isinstance(value, list) else ""
+            raise PeerError(f"ranks {odd[:16]} {what} than rank 0{detail}: a checkpoint holds one state, which all ranks share")
 
 
 def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
