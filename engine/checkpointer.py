@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine import catalog, dcp
-from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, LayoutError, PeerError, UsageError
 from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import FORMAT, IndexEntry, Manifest
@@ -106,6 +106,7 @@ class Checkpointer:
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
         self._parent = ""
+        self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
     def _attach(self, model: Any, members: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +131,9 @@ class Checkpointer:
     def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
         """Write a checkpoint of all members as step ``progress.step``; returns its folder when it is durable and visible.
 
-        Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise, nothing becomes visible and what was
-        committed before stays as it was. A step that exists is replaced atomically.
+        Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise and what was committed before stays as it
+        was; the new step is not visible, unless the failure came after its rename (moving ``latest``), which the message then says.
+        A step that exists is replaced.
         """
         began = time.perf_counter()
         captured = self._plan_save(progress, metrics or {})
@@ -156,6 +158,10 @@ class Checkpointer:
         captured: list[_Captured] = []
 
         def capture() -> dict[str, Any]:
+            if self._spoiled:
+                raise UsageError(
+                    f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving"
+                )
             plain = progress.plain(metrics)
             shards = [shard for member in self._models.values() for shard in member.shards()]
             described = tuple(shard.tensor for shard in shards)
@@ -235,6 +241,7 @@ class Checkpointer:
         stored = self._open(*found)
         load = _load(stored, Allow(allow_missing, allow_unexpected, allow_cast))
         self._ranks.gather("compare the checkpoint with this run", lambda: self._compare(load))
+        self._spoiled = str(load.stored.where)
         try:
             bytes_read = sum(self._ranks.gather("read the shards", lambda: self._fill(load)))
             self._restore(load)
@@ -243,7 +250,7 @@ class Checkpointer:
         except Exception as e:
             e.add_note(_PARTLY)
             raise
-        self._parent, self._loaded = found[1], (load.stored, load.stored_names)
+        self._parent, self._loaded, self._spoiled = found[1], (load.stored, load.stored_names), ""
         self._tell(load, bytes_read, time.perf_counter() - began)
         return load.progress
 
@@ -294,14 +301,18 @@ class Checkpointer:
         shards = list(load.tensors)
         for member in self._models.values():
             shards += member.prepare()
+        unread = load.matched.pairs.keys() - {shard.name for shard in shards}
+        if unread:
+            raise LayoutError(
+                f"{len(unread)} stored tensors have no live counterpart to fill, such as {min(unread)}: the optimizer keeps other states than before"
+            )
         return self._read(load, [shard for shard in shards if shard.name in load.matched.pairs])
 
     def _read(self, load: _Load, shards: Sequence[Shard]) -> int:
         if not shards:
             return 0
-        tensors, rank = load.stored.tensors, self._ranks.rank
-        pairings = {s.name: dcp.Pairing(dcp.to_load(s, rank), tensors[load.stored_names.get(s.name, s.name)]) for s in shards}
-        return dcp.load(pairings, load.stored)
+        tensors, names = load.stored.tensors, load.stored_names
+        return dcp.load([dcp.Pairing(shard, tensors[names.get(shard.name, shard.name)]) for shard in shards], load.stored, self._ranks.rank)
 
     def _restore(self, load: _Load) -> None:
         """Everything that is not a tensor; then what is derived from the masters, and random state last."""

@@ -77,7 +77,9 @@ class Ranks:
             error, report.value = e, None
             report.failure = _Failure(self.rank, type(e).__name__, _plain(str(e)), _plain("".join(traceback.format_exception(e))))
             if not isinstance(e, Exception):  # the process is being ended: tell the others, do not wait for them
-                self._report(what, report)
+                prefix = self._report(what, report)
+                if self.rank == 0 and self.store is not None:
+                    self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], report.failure)))
                 raise
         decision = self._exchange(what, report)
         failure = decision.failure

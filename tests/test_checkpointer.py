@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine import Checkpointer, ElasticSampler, Progress
-from engine.errors import CheckpointNotFound, IncompatibleCheckpoint, LayoutError, UsageError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, IncompatibleCheckpoint, LayoutError, UsageError
 
 
 def model(seed: int, *extra: tuple[str, torch.Tensor]) -> nn.Module:
@@ -284,3 +284,82 @@ def test_members_keep_their_names_apart(tmp_path):
     Checkpointer(tmp_path, generator=others[0], critic=(others[1], torch.optim.SGD(others[1].parameters(), lr=0.1))).resume()
     assert torch.equal(others[0][0].weight, generator[0].weight)
     assert torch.equal(others[1][0].weight, critic[0].weight)
+
+
+def test_a_fresh_optimizer_is_not_passed_over_in_silence(tmp_path, caplog):
+    Checkpointer(tmp_path, model(0)).save(Progress(step=1))
+    made = model(1)
+    optimizer = torch.optim.AdamW(made.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    checkpointer = Checkpointer(tmp_path, (made, optimizer, scheduler))
+    with pytest.raises(IncompatibleCheckpoint, match=r"optim\.state\."):
+        checkpointer.resume()
+    checkpointer.resume(allow_missing=["optim.*"])
+    assert "has a learning-rate scheduler and the checkpoint has none" in caplog.text
+
+
+def test_a_state_that_is_none_here_is_filled(tmp_path):
+    made = model(0)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9)
+    train(made, optimizer, 2)
+    Checkpointer(tmp_path, (made, optimizer)).save(Progress(step=2))
+    reference = train(made, optimizer, 2)
+    other = model(1)
+    target = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    for p in other.parameters():
+        target.state[p]["momentum_buffer"] = None
+    Checkpointer(tmp_path, (other, target)).resume()
+    assert train(other, target, 2) == reference
+
+
+def test_states_of_another_dtype_than_the_parameter_come_back(tmp_path):
+    class Fp32Momentum(torch.optim.Optimizer):
+        def __init__(self, params) -> None:
+            super().__init__(params, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                if "m" not in state:
+                    state["m"] = torch.zeros(p.shape, dtype=torch.float32)
+                    state["precondition"] = torch.eye(p.shape[-1] + 3)  # larger than the parameter
+                state["m"].mul_(0.9).add_(p.grad.float())
+                p.sub_((state["m"] * 0.1).to(p.dtype))
+
+    def run(seed: int):
+        torch.manual_seed(seed)
+        made = nn.Linear(4, 3, dtype=torch.bfloat16)
+        return made, Fp32Momentum(made.parameters())
+
+    def step(made, optimizer) -> torch.Tensor:
+        made(torch.ones(2, 4, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return made.weight.detach().clone()
+
+    made, optimizer = run(0)
+    step(made, optimizer)
+    Checkpointer(tmp_path, (made, optimizer)).save(Progress(step=1))
+    reference = step(made, optimizer)
+    made, optimizer = run(1)
+    Checkpointer(tmp_path, (made, optimizer)).resume()
+    assert optimizer.state[made.weight]["m"].dtype == torch.float32
+    assert torch.equal(step(made, optimizer), reference)
+
+
+def test_nothing_is_saved_after_a_load_that_failed_halfway(tmp_path):
+    made = model(0)
+    checkpointer = Checkpointer(tmp_path, made)
+    checkpointer.save(Progress(step=1))
+    checkpointer.save(Progress(step=2))
+    shard = tmp_path / "step_00000002/rank_00000.0.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointCorrupt, match="partly overwritten"):
+        checkpointer.resume()
+    with pytest.raises(UsageError, match="failed halfway"):
+        checkpointer.save(Progress(step=3))
+    checkpointer.resume("step:1")
+    checkpointer.save(Progress(step=3))

@@ -136,6 +136,8 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
         return [place]
     if isinstance(layout, Flat):
         boxes = flat_to_boxes(place.sizes, *flat_interval(layout, place.numel, position))
+        if place.numel == 0 and position == 0:
+            boxes = [whole(place.sizes)]
     else:
         box = grid_box(layout, place.sizes, position)
         boxes = [box] if box.numel or _is_only_empty(layout, place, position) else []

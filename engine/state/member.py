@@ -1,5 +1,6 @@
 """One model with its optimizer and scheduler, as the checkpoint sees it: shards to save, targets to fill, one record."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,10 @@ from engine.state import optimizer as optim
 from engine.state.boxes import check_tiling
 from engine.state.plain import layout_of, local_of, world_size
 from engine.state.scheduler import check_position, position, restore_position
-from engine.state.shard import Shard, check_shard
+from engine.state.shard import Shard, check_shard, dtype_name
 from engine.state.source import Adapter, Piece
+
+logger = logging.getLogger("engine")
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Member:
             record["optimizer"] = optim.family(a.optimizer)
             record["optimizer_class"] = type(a.optimizer).__name__
             record["int_steps"] = optim.has_int_steps(a.optimizer)
+            record["local_states"] = optim.local_states(a.optimizer)
             record["groups"] = optim.hyper_parameters(a.optimizer, slots)
             record["scalars"] = optim.python_scalars(a.optimizer, slots)
             record["stateless"] = [s.piece.name for s in slots if not a.optimizer.state.get(s.holder)]
@@ -115,7 +119,10 @@ class Member:
         prefix = self._state_prefix
         load.states = self._stored_states(stored, [piece.name for piece in pieces])
         load.scalars = targets.scalars = optim.scalar_targets(prefix, slots, load.states)
-        targets.states = optim.describe(prefix, a.optimizer, slots, load.states) + self._lost_states(record)
+        if record.get("optimizer_class") == type(a.optimizer).__name__:
+            kept = {name: stored.get(f"{model}{resolve.get(name, name)}") for name in load.states}
+            load.same_dtype = {s.piece.name for s in slots if _has_dtype(kept.get(s.piece.name), s.piece)}
+        targets.states = optim.describe(prefix, a.optimizer, slots, load.states, load.same_dtype) + self._lost_states(stored, record)
         for fqn, states in load.states.items():
             targets.stored_names.update(
                 {f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"}
@@ -131,29 +138,30 @@ class Member:
         resolve = self._load.resolve
         return {n: by_name[resolve.get(n, n)] for n in names if resolve.get(n, n) in by_name}
 
-    def _lost_states(self, record: dict[str, Any]) -> list[LogicalTensor]:
-        """Parameters whose live state the checkpoint has no counterpart for, though it does not say that they had none: saved
-        without their optimizer. Named ``….*``, in no checkpoint, so that they count as missing."""
-        load, a = self._load, self.adapter
-        assert a.optimizer is not None
-        known = {*record.get("stateless", []), *record.get("scalars", {})}
-        for slot in a.slots():
-            name = slot.piece.name
-            if name not in load.states and load.resolve.get(name, name) not in known and a.optimizer.state.get(slot.holder):
-                load.kept.add(name)
-        return [LogicalTensor(f"{self._state_prefix}{name}.*", "F32", (), ()) for name in sorted(load.kept)]
+    def _lost_states(self, stored: dict[str, LogicalTensor], record: dict[str, Any]) -> list[LogicalTensor]:
+        """Parameters that were in no optimizer when the checkpoint was saved, or not in the model: what the optimizer has for them
+        here is kept. The former are named ``….*``, in no checkpoint, so that they count as missing; the latter do so themselves."""
+        load, model = self._load, f"{self.prefix}model."
+        known = {name for group in record.get("groups", []) for name in group["params"]}
+        load.kept = {s.piece.name for s in self.adapter.slots() if load.resolve.get(s.piece.name, s.piece.name) not in known}
+        lost = sorted(name for name in load.kept if f"{model}{load.resolve.get(name, name)}" in stored)
+        return [LogicalTensor(f"{self._state_prefix}{name}.*", "F32", (), ()) for name in lost]
 
     def check_load(self) -> None:
         """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Raises
         :class:`IncompatibleCheckpoint`."""
         load, a = self._load, self.adapter
+        a.counters()  # refuses inside gradient accumulation: pending gradients belong to the weights that are replaced
         if a.optimizer is not None:
             slots = a.slots()
             load.values = self._scalar_values(slots)
-            optim.check_holders(slots, load.values, load.states)
+            optim.check_holders(slots, load.values, load.states, load.kept)
             load.hyper_parameters = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
         if a.scheduler is not None and load.record.get("scheduler") is not None:
             check_position(a.scheduler, load.record["scheduler"])
+        elif a.scheduler is not None or load.record.get("scheduler") is not None:
+            has, lacks = ("this run", "the checkpoint") if a.scheduler is not None else ("the checkpoint", "this run")
+            logger.warning("%s has a learning-rate scheduler and %s has none; it starts anew, or is left out", has, lacks)
 
     def _scalar_values(self, slots: list[Any]) -> optim.Scalars:
         load, stored = self._load, self._load.record.get("scalars", {})
@@ -172,7 +180,7 @@ class Member:
         if a.optimizer is None:
             return []
         slots = a.slots()
-        optim.allocate(a.optimizer, slots, load.states, load.values, optim.counts_in_ints(a.optimizer, load.record), load.kept)
+        optim.allocate(a.optimizer, slots, load.states, load.values, load.record, load.same_dtype, load.kept)
         scalars = {shard.name for shard in load.scalars}
         return [shard for shard in optim.state_shards(self._state_prefix, a.optimizer, slots) if shard.name not in scalars]
 
@@ -191,7 +199,7 @@ class Member:
 @dataclass
 class _MemberLoad:
     """A member's part of a load under way. ``resolve``: live FQN → stored FQN of tied weights; ``kept``: parameters whose
-    optimizer state stays as it is."""
+    optimizer state stays as it is; ``same_dtype``: those whose states the same optimizer made for the same dtype."""
 
     record: dict[str, Any] = field(default_factory=dict)
     resolve: dict[str, str] = field(default_factory=dict)
@@ -200,12 +208,17 @@ class _MemberLoad:
     values: optim.Scalars = field(default_factory=dict)
     hyper_parameters: dict[int, dict[str, Any]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
+    same_dtype: set[str] = field(default_factory=set)
+
+
+def _has_dtype(stored: LogicalTensor | None, piece: Piece) -> bool:
+    return stored is not None and stored.dtype == dtype_name(piece.local.dtype)
 
 
 def _check_copy(piece: Piece, rank: int) -> None:
     if piece.low is None or piece.low is piece.local:
         return
-    derived = piece.local.to(piece.low.dtype)
+    derived = piece.local.to(piece.low.dtype).to(piece.low.device)  # offloaded masters lie on another device
     if torch.equal(derived, piece.low) or torch.equal(derived.nan_to_num(), piece.low.nan_to_num()):
         return
     raise LayoutError(

@@ -4,7 +4,6 @@ A state is a *scalar* if it is one number for the whole parameter (``step``), el
 a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.distributed.tensor import Shard as Cut
 
 from engine.errors import IncompatibleCheckpoint, LayoutError
-from engine.format.layout import REPLICATED, Grid, LogicalTensor, Part
+from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Part
 from engine.state.plain import layout_of, local_of, replicated
 from engine.state.shard import Shard, dtype_name, torch_dtype
 from engine.state.source import Piece, Slot
@@ -109,6 +108,12 @@ def counts_in_ints(optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> 
     return type(optimizer).__module__.startswith("deepspeed.")
 
 
+def local_states(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The keys of states that are plain tensors, shaped like the local shard, beside DTensor parameters."""
+    holders = [(holder, state) for holder, state in optimizer.state.items() if isinstance(holder, DTensor)]
+    return sorted({k for _, state in holders for k, v in state.items() if isinstance(v, torch.Tensor) and not isinstance(v, DTensor) and v.ndim})
+
+
 def has_int_steps(optimizer: torch.optim.Optimizer) -> bool:
     return any(_counts_in_ints(k, v) for state in optimizer.state.values() for k, v in state.items())
 
@@ -172,7 +177,7 @@ def scalar_targets(prefix: str, slots: Iterable[Slot], stored: States) -> list[S
     ]
 
 
-def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States) -> None:
+def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States, kept: set[str]) -> None:
     """One flat buffer has one set of scalars and states: raises :class:`IncompatibleCheckpoint` where the checkpoint has more."""
     for _, shared in by_holder(slots):
         if len(shared) == 1:
@@ -180,7 +185,8 @@ def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States) -> No
         kinds: dict[Any, list[str]] = {}
         for slot in shared:
             name = slot.piece.name
-            kinds.setdefault((tuple(sorted(stored.get(name, {}))), tuple(sorted(scalars.get(name, {}).items()))), []).append(name)
+            kind = (name in kept, tuple(sorted(stored.get(name, {}))), tuple(sorted(scalars.get(name, {}).items())))
+            kinds.setdefault(kind, []).append(name)
         if len(kinds) > 1:
             (a, a_names), (b, b_names) = list(kinds.items())[:2]
             raise IncompatibleCheckpoint(
@@ -191,11 +197,13 @@ def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States) -> No
 
 
 def _told(kind: Any) -> str:
-    states, scalars = kind
+    kept, states, scalars = kind
+    if kept:
+        return "no place in the optimizer"
     return f"{dict(scalars)}" if states else "no optimizer state"
 
 
-def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States) -> list[LogicalTensor]:
+def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, same_dtype: set[str]) -> list[LogicalTensor]:
     """The state tensors as :func:`allocate` will leave them, to be compared with the checkpoint's before anything changes."""
     described = []
     for slot in slots:
@@ -206,16 +214,25 @@ def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot
             live = state.get(key)
             alike = tensor.shape == slot.piece.shape or slot.cut is not None
             shape = slot.piece.shape if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
-            if not isinstance(live, torch.Tensor) and math.prod(shape) > math.prod(slot.piece.shape):  # would be allocated as stored
-                raise IncompatibleCheckpoint(f"{tensor.name} has shape {list(shape)}, more than its parameter of {list(slot.piece.shape)}")
-            dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor)
+            if not alike and any(isinstance(part.layout, Absent) for part in tensor.parts):  # would be allocated at a size nothing backs
+                raise IncompatibleCheckpoint(f"{tensor.name} of shape {list(tensor.shape)} is declared absent in part, and unlike its parameter")
+            dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor, same_dtype)
             described.append(LogicalTensor(f"{prefix}{slot.piece.name}.{key}", dtype_name(dtype), shape, ()))
     return described
 
 
-def allocate(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, scalars: Scalars, int_steps: bool, kept: set[str]) -> None:
+def allocate(
+    optimizer: torch.optim.Optimizer,
+    slots: Iterable[Slot],
+    stored: States,
+    scalars: Scalars,
+    record: dict[str, Any],
+    same_dtype: set[str],
+    kept: set[str],
+) -> None:
     """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped. What is in ``kept``
     stays as it is."""
+    int_steps, local = counts_in_ints(optimizer, record), set(record.get("local_states", []))
     for holder, shared in by_holder(slots):
         slot = shared[0]
         wanted, numbers = stored.get(slot.piece.name, {}), scalars.get(slot.piece.name, {})
@@ -228,18 +245,19 @@ def allocate(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: St
         for key in [k for k in state if k not in wanted and k not in numbers]:
             del state[key]
         for key, tensor in wanted.items():
-            if key not in state:
-                state[key] = _zeros(optimizer, slot, key, tensor, int_steps)
+            if state.get(key) is None:
+                state[key] = _zeros(optimizer, slot, key, tensor, _moment_dtype(slot, tensor, same_dtype), int_steps, key in local)
 
 
-def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor, int_steps: bool) -> Any:
+def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor, dtype: torch.dtype, int_steps: bool, local: bool) -> Any:
     if is_scalar(key, tensor.shape, slot.piece):
         if key == "step" and int_steps:
             return 0
         group = optimizer.param_groups[slot.group]
         on_device = group.get("capturable") or group.get("fused")  # where torch's Adam keeps its step then
         return torch.zeros((), dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
-    dtype = _moment_dtype(slot, tensor)
+    if local and isinstance(slot.holder, DTensor):
+        return torch.zeros_like(local_of(slot.holder), dtype=dtype)
     if slot.cut is not None or tensor.shape == slot.piece.shape:
         return torch.zeros_like(slot.holder.detach(), dtype=dtype)
     if isinstance(slot.holder, DTensor):
@@ -250,9 +268,11 @@ def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: Logic
     return torch.zeros(tensor.shape, dtype=dtype, device=slot.holder.device)
 
 
-def _moment_dtype(slot: Slot, tensor: LogicalTensor) -> torch.dtype:
-    """Optimizers make their moments in the parameter's dtype; integer states keep their own."""
+def _moment_dtype(slot: Slot, tensor: LogicalTensor, same_dtype: set[str]) -> torch.dtype:
+    """As stored, where the same optimizer made it for the same parameter dtype, and for integers; else the parameter's."""
     dtype = torch_dtype(tensor.dtype)
+    if slot.piece.name in same_dtype:
+        return dtype
     return slot.holder.dtype if dtype.is_floating_point and slot.holder.dtype.is_floating_point else dtype
 
 

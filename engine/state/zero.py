@@ -16,6 +16,7 @@ from engine.state.names import Names, unwrap
 from engine.state.plain import local_of, replicated, world_size
 from engine.state.source import Piece, Slot
 
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
@@ -49,8 +50,8 @@ class ZeroAdapter:
             )
         found: dict[str, Any] = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
         scaler = self._scaler()
-        if scaler is not None:
-            found["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, (bool, int, float))}
+        if _is_dynamic(scaler):
+            found["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
         return found
 
     def _scaler(self) -> Any:
@@ -65,13 +66,17 @@ class ZeroAdapter:
         self._engine.skipped_steps = counters.get("skipped_steps", 0)
         self._engine.micro_steps = steps * accumulation
         scaler = self._scaler()
-        for name, value in counters.get("loss_scaler", {}).items():
-            if hasattr(scaler, name):
+        if _is_dynamic(scaler):  # a static scale, and that of another precision, is configuration
+            for name, value in counters.get("loss_scaler", {}).items():
                 setattr(scaler, name, value)
 
     @torch.no_grad()
     def publish(self) -> None:
         self._partition.publish()
+
+
+def _is_dynamic(scaler: Any) -> bool:
+    return bool(getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False))
 
 
 def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -82,13 +87,13 @@ def _innermost(optimizer: Any) -> torch.optim.Optimizer | None:
 
 def _partition_of(stage: int, wrapper: Any) -> type:
     kind = type(wrapper).__name__
-    if stage == 3 and hasattr(wrapper, "fp32_partitioned_groups_flat"):
+    if stage == 3 and kind == "DeepSpeedZeroOptimizer_Stage3":
         return _Stage3
     if kind == "DeepSpeedZeRoOffload":
         return _Stage3Weights
     if kind == "BF16_Optimizer":
         return _BF16
-    if stage in (1, 2) and hasattr(wrapper, "single_partition_of_fp32_groups"):
+    if stage in (1, 2) and kind == "DeepSpeedZeroOptimizer":
         return _Stage12
     if stage == 0 and (isinstance(wrapper, torch.optim.Optimizer) or wrapper is None):
         return _Whole
@@ -181,8 +186,7 @@ class _Stage12(_Flats):
 
     def publish(self) -> None:
         self.wrapper.update_lp_params()
-        self.wrapper._hp_optimizer_states_linked = False  # its per-parameter views of the moments may be older than the moments
-        self.wrapper._lazy_init_hp_params_optimizer_state()
+        _relink(self.wrapper)
 
 
 class _BF16(_Flats):
@@ -197,6 +201,14 @@ class _BF16(_Flats):
 
     def publish(self) -> None:
         self.wrapper.update_lp_params()
+        _relink(self.wrapper)
+
+
+def _relink(wrapper: Any) -> None:
+    """DeepSpeed's per-parameter views of the moments may be older than the moments; without moments it links them after a step."""
+    wrapper._hp_optimizer_states_linked = False
+    if any(wrapper.optimizer.state.values()):
+        wrapper._lazy_init_hp_params_optimizer_state()
 
 
 class _FlatMasters(_Flats):
@@ -245,8 +257,7 @@ class _Stage3:
             w.fp16_partitioned_groups_flat[i].copy_(w.fp32_partitioned_groups_flat[i])
             w._unflatten_partitioned_parameters(i)
         w.checkpoint_event_epilogue()
-        for parameter in self.names.parameters.values():
-            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]  # the epilogue forgets frozen ones' hpZ copies
+        _forget_secondary_copies(self.names)
 
 
 class _Stage3Weights:
@@ -254,21 +265,32 @@ class _Stage3Weights:
 
     def __init__(self, wrapper: Any, names: Names) -> None:
         self.wrapper = wrapper
+        self.names = names
 
     def slots(self) -> list[Slot]:
         return []
 
     def publish(self) -> None:
         self.wrapper.partition_all_parameters()
+        _forget_secondary_copies(self.names)
         if self.wrapper.persistent_parameters:
             self.wrapper.persistent_parameters[0].all_gather(self.wrapper.persistent_parameters)
 
 
 def _stage3_rule(parameter: Any) -> tuple[Flat, int, int]:
     """The layout of a ZeRO-3 parameter and this rank's interval of it. The chunk's tail past the interval is padding."""
+    if hasattr(parameter.ds_tensor, "ds_quant_scale"):
+        raise UsageError("zero_quantized_nontrainable_weights keeps codes with scales of their own; this version cannot save them. Turn it off")
     group = parameter.ds_process_group
     chunk, numel, position = int(parameter.ds_tensor.ds_numel), int(parameter.ds_numel), dist.get_rank(group)
     return Flat(_mesh(group), 0, chunk), min(position * chunk, numel), min((position + 1) * chunk, numel)
+
+
+def _forget_secondary_copies(names: Names) -> None:
+    """hpZ's, from which forwards would gather the replaced weights; DeepSpeed itself forgets only trainable parameters'."""
+    parameters: Any = names.parameters.values()
+    for parameter in parameters:
+        parameter.ds_secondary_tensor = None
 
 
 def _running(sizes: list[int]) -> list[int]:

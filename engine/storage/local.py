@@ -142,7 +142,7 @@ class LocalStorage:
                 os.rename(source, target)
             _sync(os.path.dirname(target))
         if replaced:
-            shutil.rmtree(replaced, ignore_errors=True)  # hidden; what stays is swept, never listed
+            shutil.rmtree(replaced, ignore_errors=True)  # hidden: what cannot be removed is never listed
 
     def point(self, path: str, text: str) -> None:
         temporary = f"{self.path(path)}.new"

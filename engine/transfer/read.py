@@ -17,10 +17,12 @@ from engine.transfer.stored import REMEDY, StoredCheckpoint
 
 
 class Request(Struct, frozen=True, gc=False):
-    """Fill ``target`` (of ``inner``'s sizes, any dtype and strides) from ``inner``, a box within a chunk of ``rank``'s index."""
+    """Fill ``target`` (of ``inner``'s sizes, any dtype and strides) from ``inner``, a box within the chunk that ``rank`` wrote of
+    ``tensor`` at ``offsets``."""
 
+    tensor: str
     rank: int
-    chunk: int
+    offsets: tuple[int, ...]
     inner: Box
     target: torch.Tensor
 
@@ -29,16 +31,15 @@ def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
     """Carry out the requests; returns the bytes read. Raises :class:`CheckpointCorrupt` naming file, tensor and writing rank."""
     by_file: dict[tuple[int, int], list[Need]] = {}
     for i, request in enumerate(requests):
-        chunk = stored.index(request.rank).chunks[request.chunk]
+        number, chunk = stored.chunk(request.tensor, request.offsets, request.rank)
         if request.inner.sizes != chunk.sizes and not _fits(request.inner, chunk.sizes):
-            name = stored.manifest.tensors[chunk.tensor].name
             raise CheckpointCorrupt(
-                f"{stored.where}, written by rank {request.rank}: {name} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
+                f"{stored.where}, written by rank {request.rank}: {request.tensor} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
                 f"but elements up to {[o + n for o, n in zip(request.inner.offsets, request.inner.sizes, strict=True)]} of it are needed. {REMEDY}"
             )
         if chunk.nbytes:
-            dtype = stored.manifest.tensors[chunk.tensor].dtype
-            need = Need(i, request.chunk, chunk.sizes, request.inner, dtype, chunk.offset, chunk.nbytes)
+            dtype = stored.tensors[request.tensor].dtype
+            need = Need(i, number, chunk.sizes, request.inner, dtype, chunk.offset, chunk.nbytes)
             by_file.setdefault((request.rank, chunk.file), []).append(need)
     buffer = torch.empty(RUN_BYTES, dtype=torch.uint8) if by_file else torch.empty(0, dtype=torch.uint8)
     return sum(_FileReader(stored, rank, number, requests, buffer).fill(needs) for (rank, number), needs in sorted(by_file.items()))

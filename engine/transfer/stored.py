@@ -32,7 +32,7 @@ class StoredCheckpoint:
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}
         self._indexes: dict[int, RankIndex] = {}
-        self._places: dict[int, dict[tuple[int, tuple[int, ...]], int]] = {}
+        self._places: dict[int, dict[tuple[int, tuple[int, ...]], tuple[int, Chunk]]] = {}
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
@@ -57,11 +57,13 @@ class StoredCheckpoint:
         _check_index(index, rank, self.manifest.tensors, where)
         return index
 
-    def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> int:
-        """The number of the chunk at ``offsets`` of a tensor in ``rank``'s index."""
-        if rank not in self._places:
-            self._places[rank] = {(chunk.tensor, chunk.offsets): i for i, chunk in enumerate(self.index(rank).chunks)}
-        found = self._places[rank].get((self._numbers[name], offsets))
+    def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
+        """The chunk at ``offsets`` of a tensor in ``rank``'s index, and its number there."""
+        places = self._places.get(rank)
+        if places is None:
+            chunks = self.index(rank).chunks
+            places = self._places[rank] = {(chunk.tensor, chunk.offsets): (i, chunk) for i, chunk in enumerate(chunks)}
+        found = places.get((self._numbers[name], offsets))
         if found is None:
             raise CheckpointCorrupt(
                 f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"

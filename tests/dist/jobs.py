@@ -336,7 +336,7 @@ class LocalMomentum(torch.optim.Optimizer):
                 p._local_tensor.sub_(state["m"], alpha=group["lr"] / state["step"])
 
 
-def local_state(run: str) -> dict[str, Any]:
+def local_state(run: str, own_step: bool) -> dict[str, Any]:
     """An optimizer that works on local shards: each rank gets its own back, and ints stay ints."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -359,6 +359,7 @@ def local_state(run: str) -> dict[str, Any]:
     Checkpointer(run, (model, optimizer)).save(Progress(step=1))
     reference = [train(model, optimizer) for _ in range(2)]
     model, optimizer = build_one(1)
-    train(model, optimizer)
+    if own_step:
+        train(model, optimizer)
     Checkpointer(run, (model, optimizer)).resume("latest")
     return {"reference": reference, "losses": [train(model, optimizer) for _ in range(2)], "step": type(optimizer.state[model.weight]["step"]).__name__}

@@ -118,7 +118,8 @@ def test_zero3_without_an_optimizer(pools: Pools, tmp_path):
     assert pools[2].run(jobs.frozen_zero3, str(tmp_path), 1, load=True) == reference
 
 
-def test_an_optimizer_on_local_shards_gets_each_ranks_state_back(pools: Pools, tmp_path):
-    for found in pools[2].run(jobs.local_state, str(tmp_path)):
+@pytest.mark.parametrize("own_step", [False, True])
+def test_an_optimizer_on_local_shards_gets_each_ranks_state_back(pools: Pools, tmp_path, own_step):
+    for found in pools[2].run(jobs.local_state, str(tmp_path), own_step):
         assert found["losses"] == found["reference"]
         assert found["step"] == "int"
