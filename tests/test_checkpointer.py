@@ -363,3 +363,22 @@ def test_nothing_is_saved_after_a_load_that_failed_halfway(tmp_path):
         checkpointer.save(Progress(step=3))
     checkpointer.resume("step:1")
     checkpointer.save(Progress(step=3))
+
+
+def test_large_tensors_are_filled_and_verified_however_they_lie(tmp_path):
+    """Read straight into a contiguous target, or through the buffer into one that is not; a flip is found either way."""
+    size = (1500, 1111)  # 6.7 MB, blocks do not end with rows
+    made = model(0, ("straight", torch.randn(size)), ("turned", torch.randn(size).t()))
+    Checkpointer(tmp_path, made).save(Progress(step=1))
+    other = model(1, ("straight", torch.zeros(size)), ("turned", torch.zeros(size).t()))
+    Checkpointer(tmp_path, other).resume()
+    for name in ("straight", "turned"):
+        assert torch.equal(other.get_buffer(name), made.get_buffer(name))
+    shard = tmp_path / "step_00000001/rank_00000.0.safetensors"
+    sound = shard.read_bytes()
+    for at in (0.2, 0.7):
+        data = bytearray(sound)
+        data[int(len(data) * at)] ^= 1
+        shard.write_bytes(data)
+        with pytest.raises(CheckpointCorrupt, match=r"buffers\.(straight|turned) .* checksum"):
+            Checkpointer(tmp_path, other).resume()

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import re
 import shutil
 from pathlib import Path
@@ -50,3 +51,20 @@ def test_the_readmes_loop_runs_and_resumes_bit_exactly(tmp_path, monkeypatch):
 
 def test_the_loop_is_short():
     assert len([line for line in loop().splitlines() if line.strip()]) <= 15
+
+
+def figures(name: str) -> dict[str, float]:
+    return json.loads((README.parent / f"benchmarks/results/{name}.json").read_text())["figures"]
+
+
+def test_the_figures_are_those_of_the_committed_results():
+    matrix, tiny, memory = figures("matrix"), figures("tiny_tensors"), figures("memory")
+    phrases = [
+        f"{matrix['cells_state_bitwise']} of {matrix['cells']} cells bit-equal, {matrix['cells_refused']} refused as they must be, "
+        f"{matrix['cells_unexpected']} unexpected",
+        f"saved {tiny['save_ratio_dcp']:.1f}× and loaded {tiny['load_ratio_dcp']:.1f}× as fast as with DCP's FileSystemWriter and Reader; "
+        f"{tiny['disk_over_payload_tiny']:.2f} bytes on disk a byte of payload",
+        f"of a save {memory['peak_save_over_shard']:.2f} × the rank's shard, of a load {memory['peak_load_over_run']:.2f} × the longest run it reads",
+    ]
+    for phrase in phrases:
+        assert phrase in README.read_text(encoding="utf-8"), f"the README should say: {phrase}"

@@ -10,10 +10,13 @@ from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.manifest import Chunk, FileEntry
 from engine.plan.reads import RUN_BYTES, Need, Slice, runs, slices
-from engine.state.boxes import Box, flat_to_boxes, intersect
+from engine.state.boxes import Box, flat_span, flat_to_boxes, intersect
 from engine.state.shard import bytes_of, torch_dtype
 from engine.storage import Reader
 from engine.transfer.stored import REMEDY, StoredCheckpoint
+
+DIRECT_BYTES = 1024 * 1024
+"""Slices from this size on are read straight into their target, where they can be."""
 
 
 class Request(Struct, frozen=True, gc=False):
@@ -60,11 +63,19 @@ class _FileReader:
         self._bytes = bytes_of(buffer)
 
     def fill(self, needs: list[Need]) -> int:
-        total = 0
+        total, gathered = 0, []
         reader = self._open()
         try:
             self._check_header(reader)
-            for run in runs(slices(needs)):
+            for piece in slices(needs):
+                target = self._target_memory(piece)
+                if target is None:
+                    gathered.append(piece)
+                    continue
+                reader.read_into(piece.offset, target)
+                total += piece.nbytes
+                self._verify(self._index.chunks[piece.chunk], piece, target)
+            for run in runs(gathered):
                 begin = run[0].offset
                 size_bytes = run[-1].offset + run[-1].nbytes - begin
                 reader.read_into(begin, self._bytes[:size_bytes])
@@ -73,6 +84,21 @@ class _FileReader:
         finally:
             reader.close()
         return total
+
+    def _target_memory(self, piece: Slice) -> memoryview | None:
+        """Where a large slice can be read straight to: one contiguous CPU target takes it whole, rows and dtype alike. It is
+        verified there: a load that fails says that live state is partly overwritten anyway."""
+        if piece.nbytes < DIRECT_BYTES or len(piece.needs) != 1:
+            return None
+        need = piece.needs[0]
+        target = self._requests[need.item].target
+        alike = target.dtype == torch_dtype(need.dtype) and need.inner.sizes[1:] == need.sizes[1:]
+        if not (alike and target.device.type == "cpu" and target.is_contiguous()):
+            return None
+        low = piece.first_block * BLOCK_BYTES - flat_span(need.sizes, need.inner)[0] * target.element_size()
+        if low < 0 or low + piece.nbytes > target.numel() * target.element_size():
+            return None  # blocks at its ends hold neighbours' elements too
+        return bytes_of(target.detach().view(-1).view(torch.uint8))[low : low + piece.nbytes]
 
     def _open(self) -> Reader:
         path = f"{self._stored.where}/{self._file.name}"

@@ -25,10 +25,12 @@ class Journal:
         self._console = Console(soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._scalars: SummaryWriter | None = None
+        self._lines = _Lines(self)
+        self._logger = logging.getLogger("engine")
+        self._level = self._logger.level
         if speaks:
-            logger = logging.getLogger("engine")
-            logger.setLevel(logging.INFO)
-            logger.addHandler(_Lines(self))
+            self._logger.setLevel(logging.INFO)
+            self._logger.addHandler(self._lines)
 
     def line(self, text: str) -> None:
         if self._speaks:
@@ -63,6 +65,8 @@ class Journal:
                 self._scalars.add_scalar(f"loss/{name}", value, step)
 
     def close(self) -> None:
+        self._logger.removeHandler(self._lines)
+        self._logger.setLevel(self._level)
         if self._bar is not None:
             self._bar.stop()
         if self._scalars is not None:
