@@ -102,7 +102,7 @@ class Checkpointer:
         self._storage = LocalStorage(run)
         self._config = dict(config or {})
         self._ranks = current_ranks(timeout_seconds)
-        _require_same(self._ranks.gather("attach", lambda: self._attach(model, members)))
+        self._ranks.agree("attach", lambda: self._attach(model, members))
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
         self._parent = ""
@@ -179,7 +179,7 @@ class Checkpointer:
                 "have another state of " + " and ".join(others): digest(encode_record(others)),
             }
 
-        _require_same(self._ranks.gather("agree on the save", capture))
+        self._ranks.agree("agree on the save", capture)
         return captured[0]
 
     def _write(self, attempt: str, captured: _Captured) -> list[Any]:
@@ -406,15 +406,6 @@ def _load(stored: StoredCheckpoint, allow: Allow) -> _Load:
         return _Load(stored, record, msgspec.convert(record["progress"], Progress), allow)
     except (msgspec.ValidationError, KeyError, TypeError) as e:
         raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
-
-
-def _require_same(reports: list[dict[str, Any]]) -> None:
-    """Each rank reports the same keys, worded to follow "ranks […]". Raises :class:`PeerError` naming who differs from rank 0."""
-    for what, value in reports[0].items():
-        odd = [rank for rank, report in enumerate(reports) if report.get(what) != value]
-        if odd:
-            detail = f" ({reports[odd[0]].get(what)} and {value})" if isinstance(value, list) else ""
-            raise PeerError(f"ranks {odd[:16]} {what} than rank 0{detail}: a checkpoint holds one state, which all ranks share")
 
 
 def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:

@@ -97,6 +97,18 @@ class Ranks:
         """Run ``act`` on rank 0 only; every rank returns its result, or raises its error. Every rank calls this."""
         return self.gather(what, act if self.rank == 0 else lambda: None)[0]
 
+    def agree(self, what: str, act: Callable[[], dict[str, Any]]) -> None:
+        """Run ``act`` on every rank; what it returns must be the same everywhere. Every rank calls this.
+
+        Keys are worded to follow "ranks […]" and precede "than rank 0". Raises :class:`PeerError` on all ranks, naming who differs.
+        """
+        reports = self.gather(what, act)
+        for difference, value in reports[0].items():
+            odd = [rank for rank, report in enumerate(reports) if report.get(difference) != value]
+            if odd:
+                detail = f" ({reports[odd[0]].get(difference)} and {value})" if isinstance(value, list) else ""
+                raise PeerError(f"{what}: ranks {odd[:16]} {difference} than rank 0{detail}; all ranks must share one state")
+
     def _report(self, what: str, report: _Report) -> str:
         """Opens the next round; returns its prefix in the store."""
         assert self.store is not None

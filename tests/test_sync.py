@@ -127,6 +127,15 @@ def test_after_an_error_the_ranks_are_still_in_step(hash_store):
     assert together(hash_store, act) == {rank: list(range(WORLD)) for rank in range(WORLD)}
 
 
+def test_a_difference_is_every_ranks_error_and_names_who_differs(hash_store):
+    found = together(
+        hash_store, lambda ranks: ranks.agree("save", lambda: {"are at another step": [7 if ranks.rank == 2 else 5], "have other names": b"x"})
+    )
+    for error in found.values():
+        assert type(error) is PeerError
+        assert "save: ranks [2] are at another step than rank 0 ([7] and [5])" in str(error)
+
+
 def test_a_rank_that_never_comes_is_named_within_the_timeout(store):
     began = time.monotonic()
     found = together(store, lambda ranks: ranks.gather("save", lambda: None), [0, 1, 3], timeout_seconds=0.8)
