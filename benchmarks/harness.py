@@ -16,11 +16,16 @@ Row = dict[str, Any]
 Result = tuple[list[Row], dict[str, float]]
 
 
-def main(measure: Callable[[bool], Result], description: str | None, shown: Sequence[str] = ()) -> None:
-    """``measure(quick)`` returns rows and figures. Prints a table of the rows' ``shown`` columns (all, if empty), then the figures."""
+def main(
+    measure: Callable[[bool], Result], description: str | None, shown: Sequence[str] = (), plot: Callable[[list[Row], str], None] | None = None
+) -> None:
+    """``measure(quick)`` returns rows and figures. Prints a table of the rows' ``shown`` columns (all, if empty), then the figures.
+    ``plot(rows, path)``, where there is one, draws them."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smaller run of the same measurement")
     parser.add_argument("--json", metavar="FILE", help="also write everything here")
+    if plot:
+        parser.add_argument("--plot", metavar="FILE", help="also draw the rows here, as SVG or PNG by its ending")
     args = parser.parse_args()
     rows, figures = measure(args.quick)
     print(table(rows, shown))
@@ -29,6 +34,8 @@ def main(measure: Callable[[bool], Result], description: str | None, shown: Sequ
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"machine": machine(), "versions": versions(), "rows": rows, "figures": figures}, file, indent=1)
+    if plot and args.plot:
+        plot(rows, args.plot)
 
 
 def table(rows: Sequence[Row], shown: Sequence[str] = ()) -> str:

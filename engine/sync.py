@@ -6,7 +6,7 @@ and decides; the decision is a single compare-and-set, so a rank that gives up w
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ import msgspec
 from engine.errors import EngineError, PeerError, error_class
 
 _POLL_SECONDS = (0.0005, 0.1)  # first and longest pause between two looks at the store
+_LOOKS_A_SECOND = 10_000  # of all waiting ranks together: each look costs the store some 10 µs of its one thread
+_TOGETHER = -1  # in place of a rank: what rank 0 concluded from all reports
 _GRACE = 1.25  # ranks wait longer for the decision than rank 0 for the reports, so that the decision can name who is missing
 
 
@@ -41,8 +43,12 @@ class _Report(msgspec.Struct):
 
 
 class _Decision(msgspec.Struct):
-    values: list[Any]
+    value: Any = None
     failure: _Failure | None = None
+
+
+def _failure(rank: int, error: BaseException) -> _Failure:
+    return _Failure(rank, type(error).__name__, _plain(str(error)), _plain("".join(traceback.format_exception(error))))
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Ranks:
     world_size: int = 1
     store: Store | None = None
     timeout_seconds: float = 600.0
-    _round: int = 0
+    _number: int = 0
     _broken: str = ""
 
     def gather(self, what: str, act: Callable[[], Any]) -> list[Any]:
@@ -65,8 +71,34 @@ class Ranks:
         Every rank calls this, once a round and in the same order. If one raises, all raise an error of that class that names
         the rank; if one does not come within ``timeout_seconds``, all raise :class:`PeerError` naming it.
         """
+        return self.round(what, act, lambda values: values)
+
+    def collect(self, what: str, act: Callable[[], Any]) -> list[Any]:
+        """As :meth:`gather`, but the results reach rank 0 only; elsewhere the list is empty. Every rank calls this."""
+        kept: list[Any] = []
+        self.round(what, act, kept.extend)
+        return kept
+
+    def first(self, what: str, act: Callable[[], Any]) -> Any:
+        """Run ``act`` on rank 0 only; every rank returns its result, or raises its error. Every rank calls this."""
+        return self.round(what, act if self.rank == 0 else lambda: None, lambda values: values[0])
+
+    def agree(self, what: str, act: Callable[[], dict[str, Any]]) -> None:
+        """Run ``act`` on every rank; what it returns must be the same everywhere. Every rank calls this.
+
+        Keys are worded to follow "ranks […]" and precede "than rank 0". Raises :class:`PeerError` on all ranks, naming who differs.
+        """
+        self.round(what, act, compare)
+
+    def round(self, what: str, act: Callable[[], Any], conclude: Callable[[list[Any]], Any]) -> Any:
+        """Run ``act`` on every rank and ``conclude`` on rank 0, over all results: what it returns, or raises, every rank returns or
+        raises. Every rank calls this, once a round and in the same order."""
         if self.world_size == 1 or self.store is None:
-            return [act()]
+            values = [act()]
+            try:
+                return conclude(values)
+            except EngineError as e:
+                raise type(e)(f"{what}: {e}") from e
         if self._broken:
             raise PeerError(f"rank {self.rank}: the ranks are out of step since an earlier failure ({self._broken}); restart the job")
         report, error = _Report(), None
@@ -75,45 +107,31 @@ class Ranks:
             msgspec.msgpack.encode(report)  # a value that cannot travel is this rank's error like any other
         except BaseException as e:
             error, report.value = e, None
-            report.failure = _Failure(self.rank, type(e).__name__, _plain(str(e)), _plain("".join(traceback.format_exception(e))))
+            report.failure = _failure(self.rank, e)
             if not isinstance(e, Exception):  # the process is being ended: tell the others, do not wait for them
                 prefix = self._report(what, report)
                 if self.rank == 0 and self.store is not None:
-                    self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], report.failure)))
+                    self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision(failure=report.failure)))
                 raise
-        decision = self._exchange(what, report)
+        decision = self._exchange(what, report, conclude)
         failure = decision.failure
         if failure is None:
-            return decision.values
+            return decision.value
         if error is not None and failure.rank == self.rank:
             if isinstance(error, EngineError):
                 raise error
             raise PeerError(f"{what}: rank {self.rank} failed: {failure.kind}: {failure.message}") from error
         kind = error_class(failure.kind)
+        if failure.rank == _TOGETHER:
+            raise kind(f"{what}: {failure.message}")
         detail = failure.message if issubclass(kind, EngineError) and kind.__name__ == failure.kind else failure.trace
         raise kind(f"{what}: rank {failure.rank} failed: {detail or failure.message}")
-
-    def first(self, what: str, act: Callable[[], Any]) -> Any:
-        """Run ``act`` on rank 0 only; every rank returns its result, or raises its error. Every rank calls this."""
-        return self.gather(what, act if self.rank == 0 else lambda: None)[0]
-
-    def agree(self, what: str, act: Callable[[], dict[str, Any]]) -> None:
-        """Run ``act`` on every rank; what it returns must be the same everywhere. Every rank calls this.
-
-        Keys are worded to follow "ranks […]" and precede "than rank 0". Raises :class:`PeerError` on all ranks, naming who differs.
-        """
-        reports = self.gather(what, act)
-        for difference, value in reports[0].items():
-            odd = [rank for rank, report in enumerate(reports) if report.get(difference) != value]
-            if odd:
-                detail = f" ({reports[odd[0]].get(difference)} and {value})" if isinstance(value, list) else ""
-                raise PeerError(f"{what}: ranks {odd[:16]} {difference} than rank 0{detail}; all ranks must share one state")
 
     def _report(self, what: str, report: _Report) -> str:
         """Opens the next round; returns its prefix in the store."""
         assert self.store is not None
-        self._round += 1
-        prefix = f"lockstep/{self._round}"
+        self._number += 1
+        prefix = f"lockstep/{self._number}"
         try:
             self.store.set(f"{prefix}/{self.rank}", msgspec.msgpack.encode(report))
         except (RuntimeError, OSError) as e:
@@ -124,46 +142,60 @@ class Ranks:
         self._broken = f"{what}: the job's store is lost"
         return PeerError(f"{what}: rank {self.rank} lost the job's store ({error}); the process that hosts it has ended. Restart the job.")
 
-    def _exchange(self, what: str, report: _Report) -> _Decision:
+    def _exchange(self, what: str, report: _Report, conclude: Callable[[list[Any]], Any]) -> _Decision:
+        """A rank sends: its report, looks for the decision, the decision's read, and its report's removal; rank 0 reads all reports
+        at once where the store can."""
+        return self._outcome(what, self._report(what, report), conclude)
+
+    def _outcome(self, what: str, prefix: str, conclude: Callable[[list[Any]], Any]) -> _Decision:
         assert self.store is not None
-        prefix = self._report(what, report)
         try:
             if self.rank == 0:
-                decision = self._decide(what, prefix)
+                decision = self._decide(prefix, conclude)
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(decision))
-                self._forget(self._round - 1)
+                self.store.delete_key(f"lockstep/{self._number - 1}/decision")  # all reported since, so all have read it
             elif self._wait([f"{prefix}/decision"], self.timeout_seconds * _GRACE):
                 raw = self.store.get(f"{prefix}/decision")
             else:
                 lost = _Failure(
                     0, "PeerError", f"rank {self.rank} waited {self.timeout_seconds * _GRACE:.0f} s for rank 0; it is dead, stuck or much slower"
                 )
-                raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision([], lost)))
+                raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision(failure=lost)))
+            self.store.delete_key(f"{prefix}/{self.rank}")  # decided: it has been read, or will never be
         except (RuntimeError, OSError) as e:  # torch raises DistStoreError/DistNetworkError, both RuntimeErrors
             raise self._lost(what, e) from e
         decision = msgspec.msgpack.decode(raw, type=_Decision)
-        if decision.failure is not None and decision.failure.kind == "PeerError":
+        if decision.failure is not None and decision.failure.kind == "PeerError" and decision.failure.rank != _TOGETHER:
             self._broken = f"{what}: {decision.failure.message}"
         return decision
 
-    def _decide(self, what: str, prefix: str) -> _Decision:
+    def _decide(self, prefix: str, conclude: Callable[[list[Any]], Any]) -> _Decision:
         assert self.store is not None
         keys = [f"{prefix}/{rank}" for rank in range(self.world_size)]
         if not self._wait(keys, self.timeout_seconds):
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             message = f"ranks {missing[:16]} did not report within {self.timeout_seconds:.0f} s; look at their logs for a crash or a hang"
-            return _Decision([], _Failure(missing[0] if missing else 0, "PeerError", message))
-        reports = [msgspec.msgpack.decode(self.store.get(key), type=_Report) for key in keys]
+            return _Decision(failure=_Failure(missing[0] if missing else 0, "PeerError", message))
+        reports = [msgspec.msgpack.decode(raw, type=_Report) for raw in self._read(keys)]
         failures = [report.failure for report in reports if report.failure is not None]
         if failures:
-            return _Decision([], failures[0])
-        return _Decision([report.value for report in reports])
+            return _Decision(failure=failures[0])
+        try:
+            return _Decision(conclude([report.value for report in reports]))
+        except EngineError as e:
+            return _Decision(failure=_failure(_TOGETHER, e))
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        store: Any = self.store
+        return store.multi_get(keys) if getattr(store, "has_extended_api", bool)() else [store.get(key) for key in keys]
 
     def _wait(self, keys: list[str], timeout_seconds: float) -> bool:
         """Polls, because the store's own wait cannot be interrupted and reports each time-out to stderr."""
         assert self.store is not None
         deadline = time.monotonic() + timeout_seconds
         pause, longest = _POLL_SECONDS
+        if self.rank:  # they all look at once; rank 0 looks alone
+            pause, longest = max(pause, self.world_size / _LOOKS_A_SECOND / 10), max(longest, self.world_size / _LOOKS_A_SECOND)
         while not self.store.check(keys):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -172,11 +204,14 @@ class Ranks:
             pause = min(pause * 1.5, longest)
         return True
 
-    def _forget(self, past: int) -> None:
-        """Delete a past round's keys: all ranks reported to the present one, so all have read that decision."""
-        assert self.store is not None
-        for key in [*map(str, range(self.world_size)), "decision"]:
-            self.store.delete_key(f"lockstep/{past}/{key}")
+
+def compare(reports: Sequence[dict[str, Any]]) -> None:
+    """See :meth:`Ranks.agree`."""
+    for difference, value in reports[0].items():
+        odd = [rank for rank, report in enumerate(reports) if report.get(difference) != value]
+        if odd:
+            detail = f" ({reports[odd[0]].get(difference)} and {value})" if isinstance(value, list) else ""
+            raise PeerError(f"ranks {odd[:16]} {difference} than rank 0{detail}; all ranks must share one state")
 
 
 _instances = 0

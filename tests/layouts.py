@@ -6,7 +6,7 @@ import math
 import numpy as np
 from hypothesis import strategies as st
 
-from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, LogicalTensor, Mesh, Part
+from engine.format.layout import ANY, REPLICATED, Absent, Flat, Grid, LogicalTensor, Mesh, Part, mesh_of
 from engine.state.boxes import Box, held_boxes, part_box
 
 
@@ -18,9 +18,15 @@ def shapes(max_dims: int = 4, max_side: int = 6, min_side: int = 0) -> st.Search
 def meshes(draw, max_dims: int = 2, max_side: int = 5) -> Mesh:
     shape = tuple(draw(st.lists(st.integers(1, max_side), min_size=1, max_size=max_dims)))
     size = math.prod(shape)
-    if draw(st.booleans()):
-        return Mesh(shape)
-    return Mesh(shape, tuple(draw(st.permutations(range(size + 3)))[:size]))
+    kind = draw(st.sampled_from(["consecutive", "regular", "any"]))
+    if kind == "consecutive":
+        return Mesh(shape, draw(st.integers(0, 3)))
+    if kind == "any":
+        return mesh_of(shape, tuple(draw(st.permutations(range(size + 3)))[:size]))
+    strides, step = [0] * len(shape), draw(st.integers(1, 3))
+    for dim in draw(st.permutations(range(len(shape)))):
+        strides[dim], step = step, step * shape[dim] + draw(st.integers(0, 2))
+    return Mesh(shape, draw(st.integers(0, 3)), tuple(strides))
 
 
 @st.composite
@@ -68,7 +74,7 @@ def boxes_in(draw, shape: tuple[int, ...]) -> Box:
 def ranks_of(part: Part) -> list[int]:
     if isinstance(part.layout, Absent):
         return []
-    return sorted(part.layout.mesh.ranks or range(part.layout.mesh.size))
+    return sorted(part.layout.mesh.rank_at(position) for position in range(part.layout.mesh.size))
 
 
 def region(box: Box) -> tuple[slice, ...]:
@@ -97,3 +103,19 @@ def replicas(part: Part) -> int:
 
 def all_held(tensor: LogicalTensor) -> list[Box]:
     return list(itertools.chain.from_iterable(held_boxes(tensor, part, rank) for part in tensor.parts for rank in ranks_of(part)))
+
+
+class Bytes:
+    """A file in memory, as a storage's reader."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size_bytes = len(data)
+        self.bytes_read = 0
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        assert 0 <= offset <= offset + len(target) <= self.size_bytes, "a read past the end"
+        target[:] = self._data[offset : offset + len(target)]
+        self.bytes_read += len(target)
+
+    def close(self) -> None: ...

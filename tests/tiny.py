@@ -9,7 +9,8 @@ from torch import nn
 
 from engine import Checkpointer, Progress
 from engine.format.checksum import digest
-from engine.format.manifest import IndexEntry, Manifest, RankIndex, decode, encode
+from engine.format.manifest import RankIndex, _seal, index_name, open_index, read_manifest, read_page
+from engine.storage import LocalStorage
 
 
 def make(seed=0, width=3, **changes):
@@ -44,18 +45,48 @@ def same(a, b) -> bool:
     return a == b
 
 
-def forge(step: Path, manifest=None, index=None) -> None:
-    """Rewrite a step as an attacker would: ``manifest`` and ``index`` change the builtins, all checksums are made right."""
-    root = decode((step / "manifest").read_bytes(), Manifest, "")
-    entry = root.indexes[0]
-    if index is not None:
-        data = msgspec.to_builtins(decode((step / "rank_00000.index").read_bytes(), RankIndex, ""), builtin_types=(bytes,))
-        index(data)
-        raw = encode(msgspec.convert(data, RankIndex, builtin_types=(bytes,)))
-        (step / "rank_00000.index").write_bytes(raw)
-        entry = IndexEntry(len(raw), digest(raw))
-    data = msgspec.to_builtins(root, builtin_types=(bytes,))
-    data["indexes"] = [[entry.size_bytes, entry.digest]]
+def opened(step: Path, rank: int = 0) -> tuple[dict, dict]:
+    """A step's manifest and a rank's index as builtins: ``summary``, ``tensors`` …; ``rank``, ``files``, ``chunks``, ``record``."""
+    storage = LocalStorage(step)
+    root, _ = read_manifest(storage.open("manifest"), "manifest")
+    head, sealed = open_index(storage.open(index_name(rank)), "index")
+    chunks = [chunk for page in head.pages for chunk in read_page(sealed, page, "index")]
+    index = RankIndex(head.rank, head.files, tuple(chunks), sealed.page(head.record))
+    return msgspec.to_builtins(root, builtin_types=(bytes,)), msgspec.to_builtins(index, builtin_types=(bytes,))
+
+
+def seal_manifest(manifest: dict) -> bytes:
+    """Whatever the builtins are, with right checksums."""
+    body = {key: value for key, value in manifest.items() if key != "summary"}
+    return _seal("manifest", msgspec.msgpack.encode(manifest["summary"]), msgspec.msgpack.encode(body))
+
+
+def seal_index(index: dict, head=None) -> tuple[bytes, list]:
+    """As one page, with right checksums; and the manifest's entry. ``head`` changes the head's builtins before it is sealed."""
+    chunks = sorted(index["chunks"], key=lambda chunk: chunk[:2])
+    page, pages = msgspec.msgpack.encode(chunks), []
+    if chunks:
+        pages.append([chunks[0][0], len(chunks), 0, len(page), digest(page)])
+    else:
+        page = b""
+    record = [0, 0, len(page), len(index["record"]), digest(index["record"])]
+    builtins = {"rank": index["rank"], "files": index["files"], "pages": pages, "record": record}
+    if head is not None:
+        head(builtins)
+    encoded = msgspec.msgpack.encode(builtins)
+    data = _seal("index", encoded, page + index["record"])
+    return data, [len(data), digest(data[: len(data) - len(page) - len(index["record"])])]
+
+
+def forge(step: Path, manifest=None, index=None, head=None) -> None:
+    """Rewrite a step as an attacker would: the functions change the builtins, all checksums are made right."""
+    root, chunks = opened(step)
+    if index is not None or head is not None:
+        if index is not None:
+            index(chunks)
+        data, entry = seal_index(chunks, head)
+        root["indexes"] = [entry, *root["indexes"][1:]]
+        (step / "rank_00000.index").write_bytes(data)
     if manifest is not None:
-        manifest(data)
-    (step / "manifest").write_bytes(encode(msgspec.convert(data, Manifest, builtin_types=(bytes,))))
+        manifest(root)
+    (step / "manifest").write_bytes(seal_manifest(root))

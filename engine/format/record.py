@@ -1,19 +1,39 @@
 """The typed record: everything that is not a tensor, as msgpack. Decoding can build values only, never run code.
 
 Carried exactly: None, bool, int of any size, float with inf and nan, complex, str, bytes, list, tuple, dict with str, int,
-float, bool, bytes or None keys.
+float, bool, bytes or None keys; small arrays; and references to logical tensors, in the place of a tensor.
 """
 
+import math
 import struct
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt, UsageError
+from engine.format.dtypes import ITEM_BYTES
+from engine.format.layout import Dims
 
-_TUPLE, _INT, _COMPLEX = 1, 2, 3
+_TUPLE, _INT, _COMPLEX, _REFERENCE, _ARRAY = 1, 2, 3, 4, 5
 _MAX_DEPTH = 64
+_MAX_INT_BITS = 8192  # Python refuses to print integers of more than 4,300 digits
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # msgpack's own ints
+
+
+class Reference(Struct, frozen=True, array_like=True):
+    """The logical tensor ``name`` belongs here."""
+
+    name: str
+
+
+class Array(Struct, frozen=True, array_like=True):
+    """A small array in row-major order. ``kind``: ``torch`` or ``numpy``; ``dtype`` by safetensors' names."""
+
+    kind: str
+    dtype: str
+    shape: Dims
+    data: bytes
 
 
 def encode_record(value: Any) -> bytes:
@@ -23,9 +43,22 @@ def encode_record(value: Any) -> bytes:
 
 def decode_record(data: bytes) -> Any:
     try:
-        return msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False)
+        value = msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False)
+        _check_depth(value)
+        return value
     except (msgspec.MsgspecError, ValueError, TypeError, struct.error, RecursionError) as e:
         raise CheckpointCorrupt(f"a state record cannot be decoded: {e}") from e
+
+
+def _check_depth(value: Any) -> None:
+    """Whoever walks a record may do so by recursion."""
+    level = [value]
+    for _ in range(_MAX_DEPTH + 2):
+        inner = [v for v in level if isinstance(v, (list, tuple, dict))]
+        if not inner:
+            return
+        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v)]
+    raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _pack(value: Any, path: str, depth: int) -> Any:
@@ -38,6 +71,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
     if type(value) is int:
         if _SMALLEST <= value <= _LARGEST:
             return value
+        if value.bit_length() >= _MAX_INT_BITS:
+            raise UsageError(f"{path[:200]} is an integer of {value.bit_length()} bits; a record takes fewer than {_MAX_INT_BITS}")
         return msgspec.msgpack.Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
     if type(value) is complex:
         return msgspec.msgpack.Ext(_COMPLEX, struct.pack("<dd", value.real, value.imag))
@@ -54,6 +89,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
             if type(key) is str:
                 _text(key, f"a key of {path}")
         return {k: _pack(v, f"{path}[{k!r}]", depth + 1) for k, v in value.items()}
+    if isinstance(value, Reference | Array):
+        return msgspec.msgpack.Ext(_REFERENCE if isinstance(value, Reference) else _ARRAY, msgspec.msgpack.encode(value))
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy scalars and 0-d tensors
         return _pack(value.item(), path, depth + 1)  # deeper, because a long double's item is itself
     raise UsageError(
@@ -73,8 +110,22 @@ def _text(value: str, path: str) -> str:
 def _unpack(code: int, data: memoryview) -> Any:
     if code == _TUPLE:
         return tuple(msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False))
-    if code == _INT:
+    if code == _INT and len(data) <= _MAX_INT_BITS // 8:
         return int.from_bytes(data, "little", signed=True)
     if code == _COMPLEX:
         return complex(*struct.unpack("<dd", data))
-    raise ValueError(f"extension type {code} is not known")
+    if code == _REFERENCE:
+        return msgspec.msgpack.decode(data, type=Reference)
+    if code == _ARRAY:
+        array = msgspec.msgpack.decode(data, type=Array)
+        if array.kind not in ("torch", "numpy") or array.dtype not in ITEM_BYTES or not _is_shape(array.shape):
+            raise ValueError(f"an array of kind {array.kind!r}, dtype {array.dtype!r} and shape {array.shape}")
+        if len(array.data) != math.prod(array.shape) * ITEM_BYTES[array.dtype]:
+            raise ValueError(f"an array of shape {array.shape} and dtype {array.dtype} with {len(array.data)} bytes")
+        return array
+    raise ValueError(f"extension type {code} of {len(data)} bytes is not known")
+
+
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    """Also where the array is empty, no other extent may be larger than what libraries compute with."""
+    return min(shape, default=0) >= 0 and math.prod(n for n in shape if n) < 2**48

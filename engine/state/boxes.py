@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TypeGuard
 
 from msgspec import Struct
@@ -80,7 +81,11 @@ def shift(box: Box, by: tuple[int, ...], sign: int = 1) -> Box:
 
 
 def part_box(tensor: LogicalTensor, part: Part) -> Box:
-    return Box(part.offsets, part.sizes) if part.sizes else whole(tensor.shape)
+    return _place(tensor.shape, part)
+
+
+def _place(shape: tuple[int, ...], part: Part) -> Box:
+    return Box(part.offsets, part.sizes) if part.sizes else whole(shape)
 
 
 def grid_box(grid: Grid, sizes: tuple[int, ...], position: int) -> Box:
@@ -126,14 +131,19 @@ def flat_interval(flat: Flat, numel: int, position: int) -> tuple[int, int]:
 
 def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     """The non-empty boxes of ``part`` that ``rank`` holds, in the tensor's coordinates, in the order of its local storage."""
-    layout, place = part.layout, part_box(tensor, part)
+    return list(_held_boxes(tensor.shape, part, rank))
+
+
+@lru_cache(maxsize=4096)  # ten thousand tensors share a few dozen shapes and rules
+def _held_boxes(shape: tuple[int, ...], part: Part, rank: int) -> tuple[Box, ...]:
+    layout, place = part.layout, _place(shape, part)
     if isinstance(layout, Absent):
-        return []
+        return ()
     position = layout.mesh.position_of(rank)
     if position is None:
-        return []
+        return ()
     if _is_replicated(layout):
-        return [place]
+        return (place,)
     if isinstance(layout, Flat):
         boxes = flat_to_boxes(place.sizes, *flat_interval(layout, place.numel, position))
         if place.numel == 0 and position == 0:
@@ -141,7 +151,7 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     else:
         box = grid_box(layout, place.sizes, position)
         boxes = [box] if box.numel or _is_only_empty(layout, place, position) else []
-    return [shift(box, part.offsets) for box in boxes]
+    return tuple(shift(box, part.offsets) for box in boxes)
 
 
 def _is_replicated(layout: Layout) -> TypeGuard[Grid]:
@@ -165,7 +175,16 @@ def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
 
 def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[int, Box, Box]]:
     """(rank, the box it wrote, its overlap with ``target``) for each written box of ``part`` that overlaps: computed, not searched."""
-    layout, place = part.layout, part_box(tensor, part)
+    yield from _writers(tensor.shape, part, target)
+
+
+@lru_cache(maxsize=64)  # few, because one answer may name thousands of ranks
+def _writers(shape: tuple[int, ...], part: Part, target: Box) -> tuple[tuple[int, Box, Box], ...]:
+    return tuple(_overlaps(shape, part, target))
+
+
+def _overlaps(shape: tuple[int, ...], part: Part, target: Box) -> Iterator[tuple[int, Box, Box]]:
+    layout, place = part.layout, _place(shape, part)
     wanted = target if target == place else intersect(place, target)
     if wanted is None or 0 in wanted.sizes or isinstance(layout, Absent):
         return
@@ -181,7 +200,7 @@ def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[in
         positions = _cells(layout, place.sizes, local)
     for position in positions:
         rank = layout.mesh.rank_at(position)
-        for box in held_boxes(tensor, part, rank):
+        for box in _held_boxes(shape, part, rank):
             overlap = intersect(box, wanted)
             if overlap is not None:
                 yield rank, box, overlap
@@ -237,10 +256,8 @@ def _check_rule(tensor: LogicalTensor, part: Part, place: Box) -> None:
     layout = part.layout
     if isinstance(layout, Absent):
         return
-    if any(extent < 1 for extent in layout.mesh.shape):
-        raise LayoutError(f"{tensor.name}: a mesh of shape {layout.mesh.shape}")
-    if layout.mesh.ranks and (len(layout.mesh.ranks) != layout.mesh.size or len(set(layout.mesh.ranks)) != layout.mesh.size):
-        raise LayoutError(f"{tensor.name}: its mesh {layout.mesh.shape} names {len(layout.mesh.ranks)} ranks")
+    if not layout.mesh.is_sound:
+        raise LayoutError(f"{tensor.name}: a mesh of shape {layout.mesh.shape} whose ranks are not one a position")
     if isinstance(layout, Flat):
         room = layout.chunk * layout.mesh.size - layout.start
         if layout.start < 0 or layout.chunk < 1 or room < place.numel:

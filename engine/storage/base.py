@@ -2,6 +2,11 @@
 
 from typing import Protocol
 
+REPLACED = ".replaced"
+"""Ends the name of a whole folder that is aside while another takes its place, where the two cannot be exchanged in one step."""
+REMOVED = ".removed"
+"""Ends the name of a folder that is being removed, perhaps in part."""
+
 
 class Writer(Protocol):
     """A file being written, front to back."""
@@ -50,10 +55,20 @@ class Storage(Protocol):
         """A new file; an existing one of that name is an error."""
         ...
 
-    def make_folder(self, path: str) -> None: ...
+    def make_folder(self, path: str) -> None:
+        """Durably, with the folders above it. One that exists is no error."""
+        ...
+
+    def claim_folder(self, path: str) -> bool:
+        """Make a folder of a name that nothing has, durably; False if something has it. Of several processes, one gets True."""
+        ...
 
     def publish(self, hidden: str, visible: str) -> None:
         """Make a finished folder visible under its name, atomically and durably, replacing one that is there."""
+        ...
+
+    def rename(self, folder: str, name: str) -> None:
+        """Give a folder a name that nothing has, atomically and durably. A name that is taken is a :class:`StorageError`."""
         ...
 
     def point(self, path: str, text: str) -> None:
@@ -62,4 +77,6 @@ class Storage(Protocol):
 
     def sync_folder(self, path: str) -> None: ...
 
-    def remove_folder(self, path: str) -> None: ...
+    def remove_folder(self, path: str) -> None:
+        """With all that is in it, entry by entry: hide a folder by :meth:`rename` before, or a kill leaves half of it in view."""
+        ...

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.errors import CheckpointCorrupt, StorageError
+from engine.storage.base import REMOVED, REPLACED
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _REMEDY = {
@@ -18,6 +19,7 @@ _REMEDY = {
     errno.EROFS: "the file system is read-only; give a run folder that can be written",
     errno.EACCES: "permission denied; give a run folder that this user can write",
     errno.ENOTDIR: "a part of that path is a file; give the path of a run folder",
+    errno.EEXIST: "the name is taken; remove or rename what is there",
     errno.EPERM: "not permitted; give a run folder that this user can write",
 }
 
@@ -134,6 +136,15 @@ class LocalStorage:
             for made in missing:
                 _sync(os.path.dirname(made))
 
+    def claim_folder(self, path: str) -> bool:
+        with _told("create folder", self.path(path)):
+            try:
+                os.mkdir(self.path(path))
+            except FileExistsError:
+                return False
+            _sync(os.path.dirname(self.path(path)))
+        return True
+
     def publish(self, hidden: str, visible: str) -> None:
         source, target = self.path(hidden), self.path(visible)
         with _told("rename", source):
@@ -142,7 +153,15 @@ class LocalStorage:
                 os.rename(source, target)
             _sync(os.path.dirname(target))
         if replaced:
-            shutil.rmtree(replaced, ignore_errors=True)  # hidden: what cannot be removed is never listed
+            _discard(replaced)
+
+    def rename(self, folder: str, name: str) -> None:
+        source, target = self.path(folder), self.path(name)
+        with _told("rename", source):
+            if os.path.lexists(target):  # an empty folder would be replaced without a word
+                raise FileExistsError(errno.EEXIST, f"{name} exists", source)
+            os.rename(source, target)
+            _sync(os.path.dirname(target))
 
     def point(self, path: str, text: str) -> None:
         temporary = f"{self.path(path)}.new"
@@ -179,14 +198,27 @@ def _replace(source: str, target: str) -> str:
     """
     if _exchange(source, target):
         return source
-    aside = f"{source}.replaced"
-    os.rename(target, aside)
+    aside = f"{source}{REPLACED}"
+    os.rename(target, aside)  # under a name that says it is whole, and the step if there is no other: catalog.sweep restores it
     try:
         os.rename(source, target)
     except OSError:
         os.rename(aside, target)
         raise
     return aside
+
+
+def _discard(replaced: str) -> None:
+    """Remove what was replaced. Best effort: it is hidden, and swept later. One in part must not pass for a whole one."""
+    try:
+        if replaced.endswith(REPLACED):
+            removed = replaced.removesuffix(REPLACED) + REMOVED
+            os.rename(replaced, removed)
+            _sync(os.path.dirname(removed))
+            replaced = removed
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError:
+        pass
 
 
 def _exchange(a: str, b: str) -> bool:

@@ -31,7 +31,7 @@ def differences(stored: StoredCheckpoint, pairs: Iterable[tuple[Shard, str]], ra
 
 
 def _files(stored: StoredCheckpoint) -> list[str]:
-    names = {file.name for rank in range(stored.manifest.world_size) for file in stored.index(rank).files}
+    names = {file.name for rank in range(stored.manifest.summary.world_size) for file in stored.index(rank).files}
     return [f"{stored.where}/{name}" for name in sorted(names)]
 
 
@@ -43,7 +43,7 @@ def _difference(shard: Shard, saved, offsets: tuple[int, ...], rank: int) -> flo
             continue
         theirs = saved[tuple(slice(o - b, o - b + n) for o, b, n in zip(overlap.offsets, box.offsets, overlap.sizes, strict=True))]
         mine = view[tuple(slice(o - b, o - b + n) for o, b, n in zip(overlap.offsets, held.offsets, overlap.sizes, strict=True))]
-        largest = max(largest, _gap(mine.cpu(), theirs.to(torch_dtype(shard.tensor.dtype))))
+        largest = max(largest, _gap(mine.cpu().to(torch_dtype(shard.tensor.dtype)), theirs.to(torch_dtype(shard.tensor.dtype))))
     return largest
 
 

@@ -74,7 +74,7 @@ class _FileReader:
                     continue
                 reader.read_into(piece.offset, target)
                 total += piece.nbytes
-                self._verify(self._index.chunks[piece.chunk], piece, target)
+                self._verify(self._index.chunk(piece.chunk), piece, target)
             for run in runs(gathered):
                 begin = run[0].offset
                 size_bytes = run[-1].offset + run[-1].nbytes - begin
@@ -124,7 +124,7 @@ class _FileReader:
         begin = run[0].offset
         whole: dict[str, list[tuple[int, Chunk, torch.Tensor]]] = {}
         for piece in run:
-            chunk = self._index.chunks[piece.chunk]
+            chunk = self._index.chunk(piece.chunk)
             low = piece.offset - begin
             self._verify(chunk, piece, self._bytes[low : low + piece.nbytes])
             for need in piece.needs:

@@ -2,17 +2,135 @@
 
 import math
 import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import accumulate, pairwise
 
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, LayoutError
-from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, block_count, digest
+from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import Absent, Layout, LogicalTensor
-from engine.format.manifest import MANIFEST, MAX_ENVELOPE_BYTES, Chunk, Manifest, RankIndex, decode, index_name
-from engine.state.boxes import check_tiling
-from engine.storage import Storage
+from engine.format.layout import Absent, LogicalTensor, Part
+from engine.format.manifest import (
+    MANIFEST,
+    Chunk,
+    FileEntry,
+    IndexHead,
+    Manifest,
+    index_name,
+    open_index,
+    read_manifest,
+    read_page,
+)
+from engine.format.safetensors import READ_HEADER_BYTES
+from engine.format.tiling import tiles
+from engine.state.boxes import check_tiling, part_box
+from engine.storage import Reader, Storage
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_MAX_DIMS = 64
+_MAX_RANKS = 1 << 20
+_MAX_TENSOR_BYTES = 1 << 62
+_MAX_FILL, _FLOATS = 65504, ("F64", "F32", "F16", "BF16", "C64", "C128")  # all of these hold it; other types are filled with zeros only
+_FEW_PARTS = 16
+"""Up to here parts are compared each with each, which can name the two that overlap."""
+
+
+class StoredIndex:
+    """What one rank wrote: its files, and its chunks page by page as they are asked for."""
+
+    def __init__(self, storage: Storage, path: str, rank: int, manifest: Manifest) -> None:
+        self._where = f"{storage.root}/{path}"
+        self._tensors = manifest.tensors
+        entry, reader = manifest.indexes[rank], _Reopened(storage, path, rank)
+        self.head, self._sealed = open_index(reader, self._where)
+        if reader.size_bytes != entry.size_bytes or self._sealed.digest != entry.digest:
+            raise CheckpointCorrupt(f"{self._where}, written by rank {rank}, is not what the manifest refers to: bytes have changed. {REMEDY}")
+        _check_head(self.head, rank, self._sealed.body_bytes, len(self._tensors), self._where)
+        self._firsts = [page.first_tensor for page in self.head.pages]
+        self._starts = list(accumulate((page.chunks for page in self.head.pages), initial=0))
+        self._places: list[dict[tuple[int, tuple[int, ...]], int] | None] = [None] * len(self._firsts)
+        self._chunks: dict[int, Chunk] = {}
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return self.head.files
+
+    @property
+    def size_bytes(self) -> int:
+        return self.body_at + self._sealed.body_bytes
+
+    @property
+    def body_at(self) -> int:
+        """Where the pages begin in the file."""
+        return self._sealed.body_at
+
+    @property
+    def bytes_read(self) -> int:
+        """Of this index's file, so far."""
+        return self._sealed.bytes_read
+
+    def find(self, tensor: int, offsets: tuple[int, ...]) -> int | None:
+        """The number of the chunk at ``offsets`` of a tensor, for :meth:`chunk`."""
+        page = bisect_right(self._firsts, tensor) - 1
+        return self._page(page).get((tensor, offsets)) if page >= 0 else None
+
+    def chunk(self, number: int) -> Chunk:
+        return self._chunks[number]
+
+    def record(self) -> bytes:
+        """The rank's own typed record."""
+        return self._sealed.page(self.head.record)
+
+    def tensors_of(self, page: int) -> range:
+        """The numbers of the tensors that a page may have chunks of."""
+        return range(self._firsts[page], self._firsts[page + 1] if page + 1 < len(self._firsts) else len(self._tensors))
+
+    def chunks_of(self, page: int) -> list[Chunk]:
+        """In order, each checked by itself; whether they fill their files is for :mod:`engine.transfer.verify`."""
+        return [self._chunks[number] for number in self._page(page).values()]
+
+    def check_body(self) -> None:
+        """Against the one checksum over all pages."""
+        self._sealed.body()
+
+    def _page(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
+        places = self._places[number]
+        if places is None:
+            places = self._places[number] = self._load(number)
+        return places
+
+    def _load(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
+        page, places, tensors = self.head.pages[number], {}, self.tensors_of(number)
+        for i, chunk in enumerate(read_page(self._sealed, page, self._where), self._starts[number]):
+            problem = _chunk_problem(chunk, self.files, self._tensors)
+            if not problem and chunk.tensor not in tensors:
+                problem = f"is in the page of tensors {tensors.start} to {tensors.stop}"
+            if problem:
+                raise CheckpointCorrupt(f"{self._where}: a chunk of tensor {chunk.tensor} {problem}")
+            if (chunk.tensor, chunk.offsets) in places:
+                raise CheckpointCorrupt(f"{self._where}: {self._tensors[chunk.tensor].name} at {list(chunk.offsets)} is listed twice")
+            self._chunks[i] = chunk
+            places[chunk.tensor, chunk.offsets] = i
+        return places
+
+
+class _Reopened:
+    """A file that is opened for each read: thousands of indexes may be in use at once."""
+
+    def __init__(self, storage: Storage, path: str, rank: int) -> None:
+        self._storage, self._path, self._rank = storage, path, rank
+        with self._open() as reader:
+            self.size_bytes = reader.size_bytes
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        with self._open() as reader:
+            reader.read_into(offset, target)
+
+    def _open(self) -> closing[Reader]:
+        try:
+            return closing(self._storage.open(self._path))
+        except FileNotFoundError:
+            raise CheckpointCorrupt(f"{self._storage.root}/{self._path}, written by rank {self._rank}, is missing. {REMEDY}") from None
 
 
 class StoredCheckpoint:
@@ -23,115 +141,129 @@ class StoredCheckpoint:
         self.folder = folder
         self.where = f"{storage.root}/{folder}" if folder else storage.root
         try:
-            data = storage.read(f"{folder}/{MANIFEST}" if folder else MANIFEST, MAX_ENVELOPE_BYTES)
+            with closing(storage.open(self.path(MANIFEST))) as reader:
+                self.manifest, self.digest = read_manifest(reader, f"{self.where}/{MANIFEST}")
+                self.manifest_bytes = reader.size_bytes
         except FileNotFoundError:
             raise CheckpointNotFound(f"{self.where} holds no checkpoint: it has no file '{MANIFEST}'") from None
-        self.digest = digest(data)
-        self.manifest = decode(data, Manifest, f"{self.where}/{MANIFEST}")
         _check_manifest(self.manifest, f"{self.where}/{MANIFEST}")
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}
-        self._indexes: dict[int, RankIndex] = {}
-        self._places: dict[int, dict[tuple[int, tuple[int, ...]], tuple[int, Chunk]]] = {}
+        self._indexes: dict[int, StoredIndex] = {}
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
 
-    def index(self, rank: int) -> RankIndex:
-        """What ``rank`` wrote; read and verified once."""
+    def index(self, rank: int) -> StoredIndex:
+        """What ``rank`` wrote; opened once."""
         if rank not in self._indexes:
-            self._indexes[rank] = self._read_index(rank)
+            self._indexes[rank] = StoredIndex(self.storage, self.path(index_name(rank)), rank, self.manifest)
         return self._indexes[rank]
-
-    def _read_index(self, rank: int) -> RankIndex:
-        name = index_name(rank)
-        where = f"{self.where}/{name}"
-        entry = self.manifest.indexes[rank]
-        try:
-            data = self.storage.read(self.path(name), MAX_ENVELOPE_BYTES)
-        except FileNotFoundError:
-            raise CheckpointCorrupt(f"{where}, written by rank {rank}, is missing. {REMEDY}") from None
-        if len(data) != entry.size_bytes or digest(data) != entry.digest:
-            raise CheckpointCorrupt(f"{where}, written by rank {rank}, is not what the manifest refers to: bytes have changed. {REMEDY}")
-        index = decode(data, RankIndex, where)
-        _check_index(index, rank, self.manifest.tensors, where)
-        return index
 
     def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
         """The chunk at ``offsets`` of a tensor in ``rank``'s index, and its number there."""
-        places = self._places.get(rank)
-        if places is None:
-            chunks = self.index(rank).chunks
-            places = self._places[rank] = {(chunk.tensor, chunk.offsets): (i, chunk) for i, chunk in enumerate(chunks)}
-        found = places.get((self._numbers[name], offsets))
+        index = self.index(rank)
+        found = index.find(self._numbers[name], offsets)
         if found is None:
             raise CheckpointCorrupt(
                 f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
             )
-        return found
+        return found, index.chunk(found)
+
+    @property
+    def index_bytes_read(self) -> int:
+        return sum(index.bytes_read for index in self._indexes.values())
 
 
 REMEDY = "Restore the file from a copy, or resume from another step (step:N)"
 
 
 def _check_manifest(manifest: Manifest, where: str) -> None:
-    if len(manifest.indexes) != manifest.world_size or manifest.world_size < 1:
-        raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {manifest.world_size}")
-    if len({tensor.name for tensor in manifest.tensors}) != len(manifest.tensors):
+    world_size = manifest.summary.world_size
+    if len(manifest.indexes) != world_size or not 1 <= world_size <= _MAX_RANKS:
+        raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {world_size}")
+    names = {tensor.name for tensor in manifest.tensors}
+    if len(names) != len(manifest.tensors):
         raise CheckpointCorrupt(f"{where}: a tensor is listed twice")
+    for alias, name in manifest.aliases.items():
+        if name not in names:
+            raise CheckpointCorrupt(f"{where}: {alias} is another name of {name}, which there is not")
     sound = set()  # most tensors share a few shapes and layouts
     for tensor in manifest.tensors:
-        if tensor.dtype not in ITEM_BYTES or len(tensor.shape) > _MAX_DIMS or any(n < 0 for n in tensor.shape):
-            raise CheckpointCorrupt(f"{where}: {tensor.name} has dtype {tensor.dtype} and shape {list(tensor.shape)}")
-        if (tensor.shape, tensor.parts) in sound:
-            continue
-        if any(_has_other_ranks(part.layout, manifest.world_size) for part in tensor.parts):
-            raise CheckpointCorrupt(f"{where}: {tensor.name} is laid out over ranks that a world size of {manifest.world_size} does not have")
-        try:
-            check_tiling(tensor)
-        except LayoutError as e:
-            raise CheckpointCorrupt(f"{where}: {e}") from e
-        sound.add((tensor.shape, tensor.parts))
+        if (tensor.dtype, tensor.shape, tensor.parts) not in sound:
+            try:
+                _check_tensor(tensor, world_size)
+            except LayoutError as e:
+                raise CheckpointCorrupt(f"{where}: {e}") from e
+            sound.add((tensor.dtype, tensor.shape, tensor.parts))
 
 
-def _has_other_ranks(layout: Layout, world_size: int) -> bool:
-    if isinstance(layout, Absent):
-        return False
-    ranks = layout.mesh.ranks
-    return layout.mesh.size > world_size if not ranks else min(ranks) < 0 or max(ranks) >= world_size
+def _check_tensor(tensor: LogicalTensor, world_size: int) -> None:
+    """Raises :class:`LayoutError` for what no reader could compute with. Costs time in proportion to the parts."""
+    told = f"{tensor.name} has dtype {tensor.dtype} and shape {list(tensor.shape)}"
+    if tensor.dtype not in ITEM_BYTES or any(n < 0 for n in tensor.shape):
+        raise LayoutError(told)
+    if math.prod(n for n in tensor.shape if n) * ITEM_BYTES[tensor.dtype] > _MAX_TENSOR_BYTES:
+        raise LayoutError(f"{told}: no tensor is that large")
+    for part in tensor.parts:
+        if not isinstance(part.layout, Absent) and part.layout.mesh.is_sound and part.layout.mesh.largest >= world_size:
+            raise LayoutError(f"{tensor.name} is laid out over ranks that a world size of {world_size} does not have")
+        if isinstance(part.layout, Absent) and part.layout.fill and (tensor.dtype not in _FLOATS or not abs(part.layout.fill) <= _MAX_FILL):
+            raise LayoutError(f"{told}, and a part to be filled with {part.layout.fill}")
+        if part.narrow and ITEM_BYTES.get(part.narrow, math.inf) >= ITEM_BYTES[tensor.dtype]:
+            raise LayoutError(f"{told}, and a part that is kept as {part.narrow}")
+    if len(tensor.parts) <= _FEW_PARTS:
+        check_tiling(tensor)
+        return
+    whole = [part_box(tensor, part) for part in tensor.parts]
+    for part, box in zip(tensor.parts, whole, strict=True):
+        if not _is_inside(part.offsets, box.sizes, tensor.shape):
+            raise LayoutError(f"{tensor.name}: a part at {part.offsets} of size {part.sizes} is outside its shape {tensor.shape}")
+        check_tiling(LogicalTensor(tensor.name, tensor.dtype, box.sizes, (Part(part.layout),)))  # its rule
+    if not tiles(tensor.shape, [(box.offsets, box.sizes) for box in whole]):
+        raise LayoutError(f"{tensor.name}: its {len(whole)} parts overlap or leave gaps")
 
 
-def _check_index(index: RankIndex, rank: int, tensors: tuple[LogicalTensor, ...], where: str) -> None:
-    if index.rank != rank:
-        raise CheckpointCorrupt(f"{where} belongs to rank {index.rank}: files have been swapped")
-    for file in index.files:
-        if not _PLAIN_NAME.fullmatch(file.name) or not 0 < file.header_bytes <= file.size_bytes:
-            raise CheckpointCorrupt(f"{where}: it refers to a file named {file.name!r} of {file.size_bytes} bytes")
-    ends: dict[int, int] = {}
-    for chunk in sorted(index.chunks, key=lambda c: (c.file, c.offset, c.nbytes)):
-        problem = _chunk_problem(chunk, index, tensors, ends)
-        if problem:
-            raise CheckpointCorrupt(f"{where}: a chunk of tensor {chunk.tensor} {problem}")
-        ends[chunk.file] = chunk.offset + chunk.nbytes
-    for number, file in enumerate(index.files):
-        if ends.get(number, file.header_bytes) != file.size_bytes:
-            raise CheckpointCorrupt(f"{where}: {file.name} has {file.size_bytes} bytes, its chunks end at {ends.get(number, file.header_bytes)}")
+def _is_inside(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(offsets) == len(sizes) == len(shape) and all(o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(offsets, sizes, shape, strict=True))
 
 
-def _chunk_problem(chunk: Chunk, index: RankIndex, tensors: tuple[LogicalTensor, ...], ends: dict[int, int]) -> str:
+def _check_head(head: IndexHead, rank: int, body_bytes: int, tensors: int, where: str) -> None:
+    if head.rank != rank:
+        raise CheckpointCorrupt(f"{where} belongs to rank {head.rank}: files have been swapped")
+    for file in head.files:
+        if not _PLAIN_NAME.fullmatch(file.name) or not 0 < file.header_bytes <= min(file.size_bytes, READ_HEADER_BYTES):
+            raise CheckpointCorrupt(
+                f"{where}: it refers to a file named {file.name!r} of {file.size_bytes} bytes, {file.header_bytes} of them header"
+            )
+    if len({file.name for file in head.files}) != len(head.files):
+        raise CheckpointCorrupt(f"{where}: a file is listed twice")
+    firsts = [-1, *(page.first_tensor for page in head.pages), tensors]
+    if any(a >= b for a, b in pairwise(firsts)) or any(page.chunks < 1 for page in head.pages):
+        raise CheckpointCorrupt(f"{where}: its pages are not in the order of their tensors")
+    end = 0
+    for page in (*head.pages, head.record):
+        if page.offset != end or page.size_bytes < 0:
+            raise CheckpointCorrupt(f"{where}: its pages leave a gap or overlap at byte {page.offset}")
+        end += page.size_bytes
+    if end != body_bytes:
+        raise CheckpointCorrupt(f"{where}: its pages end at byte {end} of {body_bytes}")
+
+
+def _chunk_problem(chunk: Chunk, files: Sequence[FileEntry], tensors: Sequence[LogicalTensor]) -> str:
     if not 0 <= chunk.tensor < len(tensors):
         return f"is of none of the {len(tensors)} tensors"
-    if not 0 <= chunk.file < len(index.files):
-        return f"is in file {chunk.file} of {len(index.files)}"
-    tensor, file = tensors[chunk.tensor], index.files[chunk.file]
+    if not 0 <= chunk.file < len(files):
+        return f"is in file {chunk.file} of {len(files)}"
+    tensor, file = tensors[chunk.tensor], files[chunk.file]
     if not len(chunk.offsets) == len(chunk.sizes) == len(tensor.shape):
         return f"has {len(chunk.sizes)} dimensions, {tensor.name} has {len(tensor.shape)}"
-    if any(o < 0 or s < 0 or o + s > n for o, s, n in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
+    if not _is_inside(chunk.offsets, chunk.sizes, tensor.shape):
         return f"lies outside {tensor.name}"
     if chunk.nbytes != math.prod(chunk.sizes) * ITEM_BYTES[tensor.dtype]:
         return f"has {chunk.nbytes} bytes for {math.prod(chunk.sizes)} elements of {tensor.dtype}"
-    if chunk.offset != ends.get(chunk.file, file.header_bytes) or chunk.offset + chunk.nbytes > file.size_bytes:
-        return f"at byte {chunk.offset} overlaps another or lies outside {file.name}"
+    if chunk.offset < file.header_bytes or chunk.offset + chunk.nbytes > file.size_bytes:
+        return f"at byte {chunk.offset} lies outside {file.name}"
     if len(chunk.digests) != DIGEST_BYTES * block_count(chunk.nbytes):
         return f"has {len(chunk.digests) // DIGEST_BYTES} block checksums for {-(-chunk.nbytes // BLOCK_BYTES)} blocks"
     return ""

@@ -1,5 +1,7 @@
 """What every storage must do. A storage's test class inherits :class:`StorageTests` and gives it a ``storage`` fixture."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from engine.errors import CheckpointCorrupt, StorageError
@@ -85,6 +87,45 @@ class StorageTests:
         storage.make_folder("a/b")
         storage.make_folder("a/b")
         storage.make_folder("")
+
+    def test_a_folder_is_claimed_once(self, storage):
+        storage.make_folder("")
+        assert storage.claim_folder("a")
+        assert not storage.claim_folder("a")
+        assert storage.names("") == ["a"]
+        put(storage, "file")
+        assert not storage.claim_folder("file")
+        with pytest.raises(FileNotFoundError):
+            storage.claim_folder("no/such")
+
+    def test_of_many_that_claim_a_folder_one_gets_it(self, storage):
+        storage.make_folder("")
+        with ThreadPoolExecutor(8) as pool:
+            for i in range(20):
+                claims = list(pool.map(lambda _, name=f"a{i}": storage.claim_folder(name), range(8)))
+                assert sum(claims) == 1
+
+    def test_a_renamed_folder_has_all_it_had_under_its_new_name_alone(self, storage):
+        storage.make_folder("a/b")
+        put(storage, "a/b/x")
+        storage.rename("a", ".a.removed")
+        assert storage.names("") == [".a.removed"]
+        assert storage.read(".a.removed/b/x", 10) == b"data"
+
+    @pytest.mark.parametrize("taken", ["folder", "empty", "file"])
+    def test_a_name_that_is_taken_is_not_given(self, storage, taken):
+        storage.make_folder("a")
+        storage.make_folder("folder/b")
+        storage.make_folder("empty")
+        put(storage, "file")
+        with pytest.raises(StorageError, match=r"cannot rename .*a: .* the name is taken"):
+            storage.rename("a", taken)
+        assert sorted(storage.names("")) == ["a", "empty", "file", "folder"]
+
+    def test_renaming_what_is_not_there_is_file_not_found(self, storage):
+        storage.make_folder("")
+        with pytest.raises(FileNotFoundError):
+            storage.rename("no", "such")
 
     def test_publish_shows_the_whole_folder_under_its_name(self, storage):
         storage.make_folder(".step.1")

@@ -145,11 +145,44 @@ def test_close_returns_after_the_file_is_synced(storage, monkeypatch):
     storage.publish("a", "c")
     storage.point("latest", "c\n")
     assert synced == [f"{root}/a/x", root, f"{root}/latest.new", root]
+    synced.clear()
+    storage.rename("c", ".c.removed")
+    storage.claim_folder("d")
+    assert synced == [root, root]
 
 
 def test_where_names_cannot_be_exchanged_a_folder_is_replaced_in_two_steps(storage, monkeypatch):
     monkeypatch.setattr(local, "_exchange", lambda a, b: False)
     StorageTests().test_publish_replaces_a_folder_leaving_nothing_of_it(storage)
+
+
+def test_what_was_replaced_in_two_steps_is_never_half_under_a_name_that_says_it_is_whole(storage, monkeypatch):
+    """It is given another before any of it is removed: a sweep takes what is called ``.replaced`` for a step."""
+    storage.make_folder("step")
+    put(storage, "step/x", b"old")
+    storage.make_folder(".step.1")
+    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    removed = []
+    monkeypatch.setattr(local.shutil, "rmtree", lambda path, **_: removed.append(os.path.basename(path)))
+    storage.publish(".step.1", "step")
+    assert removed == [".step.1.removed"]
+    assert sorted(storage.names("")) == [".step.1.removed", "step"]
+
+
+def test_what_cannot_be_removed_after_a_replacement_fails_no_save(storage, monkeypatch):
+    for folder in ("step", ".step.1"):
+        storage.make_folder(folder)
+    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    real = os.rename
+
+    def refuse(source, target):
+        if source.endswith(".replaced"):
+            raise OSError(errno.EACCES, "refused")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    storage.publish(".step.1", "step")
+    assert sorted(storage.names("")) == [".step.1.replaced", "step"]
 
 
 def test_a_replacement_that_fails_leaves_the_old_folder(storage, monkeypatch):

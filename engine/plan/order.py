@@ -1,0 +1,32 @@
+"""The order of tensors in a manifest: those that are cut alike lie together.
+
+A rank that loads under another sharding needs, of each writer, the tensors of a few geometries. With these side by side it finds
+them in few pages of that writer's index.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor
+
+
+def reading_order(tensors: Sequence[LogicalTensor]) -> tuple[list[int], list[int]]:
+    """The places of ``tensors`` in the order that a manifest lists them, and the geometry class of each listed one."""
+    keys = [_geometry(tensor) for tensor in tensors]
+    order = sorted(range(len(tensors)), key=lambda i: (*keys[i], i))
+    numbers: dict[Any, int] = {}
+    classes = [numbers.setdefault(keys[i][:-1], len(numbers)) for i in order]
+    return order, classes
+
+
+def _geometry(tensor: LogicalTensor) -> tuple[Any, ...]:
+    """Comparable; alike but for the last element where the same ranks hold the same share of both."""
+    part = next((part for part in tensor.parts if not isinstance(part.layout, Absent)), None)
+    if part is None:
+        return ("absent", (), 0, (), 0, (), 0)
+    layout, sizes = part.layout, part.sizes or tensor.shape
+    if isinstance(layout, Grid):
+        cut = tuple(sizes[dim] for dim in layout.dims if dim != REPLICATED)
+        return ("grid", layout.mesh.shape, layout.mesh.first, (layout.dims, cut), max(layout.writer, 0), sizes, 0)
+    assert not isinstance(layout, Absent)
+    return ("flat", layout.mesh.shape, layout.mesh.first, ((), ()), layout.chunk, (), layout.start)
