@@ -1,5 +1,33 @@
-"""Which steps a run has, and which one a name means."""
+"""Which steps a run has, which one a name means, which may go; and which runs there are. No torch."""
 
-from engine.catalog.resolve import Step, find, steps
+from engine.catalog.history import lineage_after, previous
+from engine.catalog.lineage import descends_from, next_lineage
+from engine.catalog.listing import Step, read_manifest, read_summary, steps, summaries
+from engine.catalog.pointers import point_best
+from engine.catalog.removal import delete_step, restore, sweep
+from engine.catalog.resolve import find
+from engine.catalog.retention import Retention, expired
+from engine.catalog.runs import Run, find_run, new_run, runs
 
-__all__ = ["Step", "find", "steps"]
+__all__ = [
+    "Retention",
+    "Run",
+    "Step",
+    "delete_step",
+    "descends_from",
+    "expired",
+    "find",
+    "find_run",
+    "lineage_after",
+    "new_run",
+    "next_lineage",
+    "point_best",
+    "previous",
+    "read_manifest",
+    "read_summary",
+    "restore",
+    "runs",
+    "steps",
+    "summaries",
+    "sweep",
+]

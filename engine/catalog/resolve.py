@@ -1,109 +1,116 @@
-"""``latest``, ``epoch:N``, ``step:N`` or a path, to a committed step. Torch-free: the command line starts in an instant."""
+"""``latest``, ``best``, ``epoch:N``, ``step:N`` or a path, to a committed step. Torch-free: the command line starts in an instant."""
 
 import logging
 import os
+from typing import Literal
 
-from msgspec import Struct
-
-from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, UsageError
-from engine.format.manifest import MANIFEST, MAX_ENVELOPE_BYTES, Manifest, decode
-from engine.format.names import LATEST, parse_step
+from engine.catalog.history import current_line, latest_step
+from engine.catalog.lineage import ranked, saved_last
+from engine.catalog.listing import absent, read_manifest, read_summary, steps
+from engine.catalog.pointers import read_pointer
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, UsageError
+from engine.format.manifest import MANIFEST
+from engine.format.names import BEST, LATEST, parse_step
 from engine.storage import LocalStorage, Storage
 
+__all__ = ["find", "read_manifest", "read_summary"]
+
 logger = logging.getLogger("engine")
-_MAX_POINTER_BYTES = 4096
 
 
-class Step(Struct, frozen=True):
-    """A committed step: its folder's name below the run, and its number."""
-
-    name: str
-    number: int
-
-
-def steps(storage: Storage) -> list[Step]:
-    """The run's committed steps, by number. Hidden attempts, and folders without a manifest, are none."""
-    found = [Step(name, number) for name in storage.names("") if (number := parse_step(name)) is not None]
-    return sorted((s for s in found if storage.exists(f"{s.name}/{MANIFEST}")), key=lambda s: s.number)
-
-
-def find(run: str | os.PathLike[str], what: str) -> tuple[Storage, str]:
+def find(run: str | os.PathLike[str], what: str, *, names: Literal["tolerate", "refuse"] = "tolerate") -> tuple[Storage, str]:
     """The storage and folder of the step that ``what`` names in ``run``.
 
-    ``latest``, ``epoch:N`` (the last step of N completed epochs), ``step:N``, or a path to a step's folder or to another run
-    (its latest). Raises :class:`CheckpointNotFound` saying what there is instead.
+    ``latest``; ``best`` by the monitored metric; ``epoch:N``, the last step of N completed epochs; ``step:N``; or a path to a step's
+    folder or to another run (its latest). Where the run has several lines of training, ``best`` and ``epoch:N`` mean the one that
+    led to the latest step; an epoch that only an abandoned line has is taken from there, with a warning.
+
+    ``names``: what to do about folders that are called ``step_…`` but are no steps.
+
+    Raises :class:`CheckpointNotFound` saying what there is instead, :class:`CheckpointCorrupt` where no manifest can be read or a name
+    is refused, and :class:`UsageError` for a malformed ``what``.
     """
+    if names not in ("tolerate", "refuse"):
+        raise UsageError(f"names is {names!r}; folders with names that are no steps are 'tolerate'd or 'refuse'd")
     storage = LocalStorage(run)
     kind, _, number = what.partition(":")
-    if what == LATEST:
-        return storage, _latest(storage)
-    if kind in ("epoch", "step"):
-        if not number.isdecimal():
+    if what in (LATEST, BEST) or kind in ("epoch", "step"):
+        if what not in (LATEST, BEST) and not (number.isdecimal() and len(number) < 20):
             raise UsageError(f"'{what}' names no checkpoint: after '{kind}:' comes a whole number, as in '{kind}:3'")
+        if names == "refuse":
+            _refuse_others(storage)
+        if what in (LATEST, BEST):
+            return storage, latest_step(storage) if what == LATEST else _best(storage)
         return storage, (_by_step if kind == "step" else _by_epoch)(storage, int(number))
+    return _by_path(what, storage, names)
+
+
+def _by_path(what: str, storage: Storage, names: str) -> tuple[Storage, str]:
     path = os.path.abspath(what)
     if os.path.lexists(os.path.join(path, MANIFEST)):
         return LocalStorage(os.path.dirname(path)), os.path.basename(path)
     other = LocalStorage(path)
+    if os.path.isdir(path) and names == "refuse":
+        _refuse_others(other)
     if steps(other):
-        return other, _latest(other)
+        return other, latest_step(other)
     raise CheckpointNotFound(
-        _nothing(f"'{what}' is neither a step nor a run with steps" if os.path.isdir(path) else f"there is no folder {path}", storage)
+        absent(f"'{what}' is neither a step nor a run with steps" if os.path.isdir(path) else f"there is no folder {path}", storage)
     )
 
 
-def _latest(storage: Storage) -> str:
-    """What the pointer names; the highest step, with a warning, where the pointer is lost or names a removed step."""
-    found = steps(storage)
-    if not found:
-        raise CheckpointNotFound(_nothing("there is no checkpoint", storage))
-    try:
-        name = storage.read(LATEST, _MAX_POINTER_BYTES).decode(errors="replace").strip()
-    except (FileNotFoundError, CheckpointCorrupt):  # a pointer is a convenience: nothing depends on a sound one
-        name = ""
-    if any(step.name == name for step in found):
+def _refuse_others(storage: Storage) -> None:
+    for name in sorted(storage.names("")):
+        if not name.startswith("step_"):
+            continue
+        if parse_step(name) is None:
+            raise CheckpointCorrupt(f"{storage.root}/{name} is not how a step is named (step_00001000, eight digits or more). Rename or remove it")
+        if storage.exists(name) and not storage.exists(f"{name}/{MANIFEST}"):
+            raise CheckpointCorrupt(f"{storage.root}/{name} is no complete step: it has no file '{MANIFEST}'. Restore it from a copy, or remove it")
+
+
+def _best(storage: Storage) -> str:
+    """What the pointer names; the best of the current line, with a warning, where the pointer is lost or names a removed step."""
+    name = read_pointer(storage, BEST)
+    if any(step.name == name for step in steps(storage)):
         return name
+    _, line = current_line(storage)
+    monitored = next((s for _, s in reversed(line) if s.monitor), None)
+    if monitored is None:
+        raise CheckpointNotFound(
+            f"no best checkpoint is known in {storage.root}: no metric was monitored. Name one when saving (monitor=\"val_loss\"), or resume 'latest'"
+        )
+    order = ranked(line, monitored.monitor, monitored.mode)
+    if not order:
+        raise CheckpointNotFound(
+            absent(f"no step has a value of {monitored.monitor}, the monitored metric, that is a number, so none is best", storage)
+        )
     problem = f"names {name!r}, which is gone" if name else "is missing or unreadable"
-    logger.warning("%s/%s %s; taking %s, the highest step", storage.root, LATEST, problem, found[-1].name)
-    return found[-1].name
+    value = order[0][1].metrics[monitored.monitor]
+    logger.warning("%s/%s %s; taking %s, the best there is (%s %g)", storage.root, BEST, problem, order[0][0], monitored.monitor, value)
+    return order[0][0]
 
 
 def _by_step(storage: Storage, number: int) -> str:
     for step in steps(storage):
         if step.number == number:
             return step.name
-    raise CheckpointNotFound(_nothing(f"there is no step {number}", storage))
+    raise CheckpointNotFound(absent(f"there is no step {number}", storage))
 
 
 def _by_epoch(storage: Storage, number: int) -> str:
-    for step in reversed(steps(storage)):
-        if _epoch_of(storage, step) == number:
-            return step.name
-    raise CheckpointNotFound(_nothing(f"no checkpoint was saved after {number} completed epochs", storage))
-
-
-def _epoch_of(storage: Storage, step: Step) -> int | None:
-    try:
-        return read_manifest(storage, step.name).epoch
-    except (EngineError, FileNotFoundError) as e:
-        logger.warning("%s is passed over: %s", step.name, e)
-        return None
-
-
-def read_manifest(storage: Storage, folder: str) -> Manifest:
-    """The manifest alone, checksummed. Raises :class:`CheckpointCorrupt`."""
-    path = f"{folder}/{MANIFEST}"
-    try:
-        return decode(storage.read(path, MAX_ENVELOPE_BYTES), Manifest, f"{storage.root}/{path}")
-    except FileNotFoundError:
-        raise CheckpointCorrupt(f"{storage.root}/{path} is missing") from None
-
-
-def _nothing(what: str, storage: Storage) -> str:
-    have = [step.name for step in steps(storage)]
-    if have:
-        shown = have if len(have) <= 6 else [*have[:2], "…", *have[-3:]]
-        return f"{what} in {storage.root}; it has {', '.join(shown)}. Name one of them (step:N), or 'latest'"
-    if not os.path.isdir(storage.root):
-        return f"{what}: the run folder {storage.root} does not exist. Check the path; relative ones start at {os.getcwd()}"
-    return f"{what} in {storage.root}: no step has been committed there. Start the run without --resume, or check the path"
+    problem = f"no checkpoint was saved after {number} completed epochs"
+    if not steps(storage):
+        raise CheckpointNotFound(absent(problem, storage))
+    found, line = current_line(storage)
+    here = [name for name, s in line if s.epoch == number]
+    if here:
+        return here[-1]
+    elsewhere = saved_last((name, s) for name, s in found if s.epoch == number)
+    if elsewhere is None:
+        raise CheckpointNotFound(absent(problem, storage))
+    logger.warning(
+        "the line of training that led to %s has no checkpoint of %d completed epochs; taking %s, of a line that was left",
+        line[-1][0], number, elsewhere[0],
+    )  # fmt: skip
+    return elsewhere[0]

@@ -1,22 +1,21 @@
 """Commit: a hidden attempt becomes a visible step, only when every rank's part is durable."""
 
 import contextlib
-import json
-import os
-import time
-from typing import Any
 
 from engine.errors import EngineError, StorageError
-from engine.format.manifest import MANIFEST, Manifest, encode
-from engine.format.names import LATEST, RUN_FILE, step_name
+from engine.format.manifest import MANIFEST, Manifest, encode_manifest
+from engine.format.names import LATEST, attempt_name, step_name
 from engine.storage import Storage
+from engine.transfer.runfile import write_run_file
 from engine.transfer.write import write_whole
+
+__all__ = ["abort_attempt", "begin_attempt", "commit_attempt", "write_run_file"]
 
 
 def begin_attempt(storage: Storage, step: int) -> str:
     """Create the hidden folder that the ranks write into; returns its name. Called on rank 0."""
     storage.make_folder("")
-    attempt = f".{step_name(step)}.{os.urandom(6).hex()}"
+    attempt = attempt_name(step_name(step))
     storage.make_folder(attempt)
     return attempt
 
@@ -29,18 +28,11 @@ def abort_attempt(storage: Storage, attempt: str) -> None:
 
 def commit_attempt(storage: Storage, attempt: str, manifest: Manifest) -> None:
     """Called on rank 0 after every rank has reported its files durable. ``latest`` moves last."""
-    name = step_name(manifest.step)
-    write_whole(storage, f"{attempt}/{MANIFEST}", encode(manifest))
+    name = step_name(manifest.summary.step)
+    write_whole(storage, f"{attempt}/{MANIFEST}", encode_manifest(manifest))
     storage.sync_folder(attempt)
     storage.publish(attempt, name)
     try:
         storage.point(LATEST, f"{name}\n")
     except EngineError as e:
-        raise StorageError(f"{name} is committed, but '{LATEST}' could not be moved to it: {e}. Resume with step:{manifest.step}") from e
-
-
-def write_run_file(storage: Storage, config: dict[str, Any]) -> None:
-    """``run.json``: when the run began and with what. Written once, for people and listings; no load depends on it."""
-    if not storage.exists(RUN_FILE):
-        text = json.dumps({"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "config": config}, indent=2, default=repr)
-        storage.point(RUN_FILE, text + "\n")
+        raise StorageError(f"{name} is committed, but '{LATEST}' could not be moved to it: {e}. Resume with step:{manifest.summary.step}") from e

@@ -1,10 +1,18 @@
-"""The order that makes a visible step a complete one: files, folder, rename, run folder, pointer, run folder."""
+"""The order that makes a visible step a complete one: files, folder, rename, run folder, pointer, run folder. And the run's file."""
 
+import json
 import os
 
+import pytest
 import torch
 
 from engine import Checkpointer, Progress
+from engine.errors import StorageError
+from engine.storage import LocalStorage
+from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
+from engine.transfer.runfile import read_run_file
+from tests.catalog.made import manifest, summary
+from tests.kill import dying, refuse
 
 
 def test_everything_is_durable_before_it_is_visible_and_the_pointer_moves_last(tmp_path, monkeypatch):
@@ -44,3 +52,60 @@ def test_everything_is_durable_before_it_is_visible_and_the_pointer_moves_last(t
         "replace latest",
         "sync .",
     ]
+
+
+def test_an_attempt_that_is_given_up_leaves_nothing(tmp_path):
+    storage = LocalStorage(tmp_path / "run")
+    attempt = begin_attempt(storage, 30)
+    assert os.listdir(storage.root) == [attempt]
+    abort_attempt(storage, attempt)
+    abort_attempt(storage, attempt)
+    assert os.listdir(storage.root) == []
+
+
+def test_a_pointer_that_cannot_be_moved_is_told_with_the_step_that_is_committed(tmp_path, monkeypatch):
+    storage = LocalStorage(tmp_path)
+    attempt = begin_attempt(storage, 30)
+    refuse(monkeypatch, "replace")
+    with pytest.raises(StorageError, match=r"step_00000030 is committed, but 'latest' could not be moved to it: .*Resume with step:30"):
+        commit_attempt(storage, attempt, manifest(summary(30)))
+    assert (tmp_path / "step_00000030").is_dir()
+
+
+def test_the_run_file_says_what_the_run_is(tmp_path):
+    storage = LocalStorage(tmp_path / "run_007")
+    storage.make_folder("")
+    write_run_file(storage, {"experiment_name": "diffit_base", "lr": 1e-5, "nested": {(1, 2): {3: object}}}, "w1")
+    told = json.loads((tmp_path / "run_007/run.json").read_text())
+    assert list(told) == ["run_number", "experiment_name", "created", "wandb_run_id", "config"], "what people look for comes first"
+    assert (told["run_number"], told["experiment_name"], told["wandb_run_id"]) == (7, "diffit_base", "w1")
+    assert told["config"]["lr"] == 1e-5
+    assert told["config"]["nested"] == {"(1, 2)": {"3": "<class 'object'>"}}
+    assert read_run_file(storage) == told
+
+
+def test_the_run_file_says_nothing_that_is_not_known(tmp_path):
+    write_run_file(LocalStorage(tmp_path), {})
+    assert list(json.loads((tmp_path / "run.json").read_text())) == ["created", "config"]
+
+
+def test_the_run_file_is_written_once_but_for_the_trackers_id(tmp_path):
+    storage = LocalStorage(tmp_path)
+    write_run_file(storage, {"lr": 1})
+    first = read_run_file(storage)
+    write_run_file(storage, {"lr": 2})
+    assert read_run_file(storage) == first
+    for number in ("w1", "w2", ""):
+        write_run_file(storage, {"lr": 3}, number)
+    assert read_run_file(storage) == {**first, "wandb_run_id": "w2"}
+    with dying(None) as death:
+        write_run_file(storage, {"lr": 3}, "w2")
+    assert not death.calls
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\xff", "[" * 100_000, '"text"'])
+def test_a_run_file_that_is_not_ours_stays_as_it_is(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    write_run_file(LocalStorage(tmp_path), {"lr": 1}, "w1")
+    assert (tmp_path / "run.json").read_text() == text
+    assert read_run_file(LocalStorage(tmp_path)) == {}

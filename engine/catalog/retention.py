@@ -1,0 +1,46 @@
+"""Which steps may go. Pure: nothing here deletes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.catalog.lineage import line_to, ranked
+from engine.errors import UsageError
+from engine.format.manifest import Summary
+from engine.format.names import step_name
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What to keep of the current line of training, besides the latest step and the best one.
+
+    ``last``: this many of the newest; None keeps everything, whatever the others say. ``every``: those whose number it divides.
+    ``best``: this many by the monitored metric. Raises :class:`UsageError` for anything but whole numbers of at least 1.
+    """
+
+    last: int | None = None
+    every: int | None = None
+    best: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("last", "every", "best"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"retention's {name} is {value!r}; give a whole number of at least 1, or None")
+
+
+def expired(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retention) -> list[str]:
+    """The folders of ``steps`` to delete, oldest first, once ``latest`` is the newest.
+
+    Steps of lines that were left stay: nobody knows which of them is wanted. So does everything if ``latest`` is not among
+    ``steps``, because then the current line is not known.
+    """
+    head = dict(steps).get(latest)
+    if retention.last is None or head is None:
+        return []
+    line = line_to(head, steps)
+    kept = {latest, step_name(head.best_step), *(name for name, _ in line[-retention.last :])}
+    if retention.every is not None:
+        kept.update(name for name, s in line if s.step % retention.every == 0)
+    if retention.best is not None:
+        kept.update(name for name, _ in ranked(line, head.monitor, head.mode)[: retention.best])
+    return [name for name, _ in line if name not in kept]
