@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
     from engine.data import ElasticSampler
+    from engine.state.objects import PerRank
     from engine.state.progress import Progress
 
-__all__ = ["Checkpointer", "ElasticSampler", "Progress"]
+__all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress"]
 
-_HOMES = {"Checkpointer": "engine.checkpointer", "ElasticSampler": "engine.data", "Progress": "engine.state.progress"}
+_HOMES = {
+    "Checkpointer": "engine.checkpointer",
+    "ElasticSampler": "engine.data",
+    "PerRank": "engine.state.objects",
+    "Progress": "engine.state.progress",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,26 +8,29 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
 from engine import catalog, dcp
-from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, LayoutError, PeerError, UsageError
+from engine.catalog import Retention
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
 from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
-from engine.format.manifest import FORMAT, IndexEntry, Manifest
+from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, step_name
-from engine.format.record import decode_record, encode_record
+from engine.format.record import encode_record
+from engine.loading import Loading
 from engine.plan.assign import assign_writers
-from engine.plan.match import Allow, Match, match, match_names
-from engine.state.member import Member
-from engine.state.pick import adapter_for, is_plain_state
-from engine.state.progress import Progress, capture_rng, derive_rng, restore_rng
+from engine.plan.match import Allow
+from engine.plan.order import reading_order
+from engine.state.members import Members
+from engine.state.progress import Monitor, Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
 from engine.storage import LocalStorage
-from engine.sync import current_ranks
+from engine.sync import compare, current_ranks
+from engine.transfer import replicas
 from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
 from engine.transfer.compare import differences
 from engine.transfer.stored import StoredCheckpoint
@@ -35,6 +38,8 @@ from engine.transfer.stored import StoredCheckpoint
 logger = logging.getLogger("engine")
 
 Missing = Literal["error", "warn", "fresh"]
+Corrupt = Literal["error", "previous"]
+Names = Literal["tolerate", "refuse"]
 
 _PARTLY = "The live state is now partly overwritten: resume from another checkpoint or start anew; do not train on it"
 
@@ -53,22 +58,30 @@ def _collector_paused() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared."""
+    """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared. ``listed`` are the same
+    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones."""
 
     described: tuple[LogicalTensor, ...]
     assigned: tuple[LogicalTensor, ...]
     digest: bytes
+    listed: tuple[LogicalTensor, ...]
     numbers: Mapping[str, int]
+    classes: Sequence[int]
+    shared: Sequence[int]
     planner: dcp.ShardSavePlanner
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """One save's state: live shards, and everything replicated that is not a tensor as an encoded record."""
+    """One save's state: live shards, and everything that is not a tensor: shared by all ranks, and this rank's own. ``alike`` must be
+    the same on all ranks, as must the tensors at the places ``compared``."""
 
     progress: Progress
     shards: list[Shard]
     record: bytes
+    own_record: bytes
+    alike: dict[str, Any]
+    compared: list[int]
     plan: _Plan
 
 
@@ -80,8 +93,14 @@ class Checkpointer:
         model: the job's only model, if there is one. Its tensors are named ``model.<fqn>``, ``optim.state.<fqn>.<key>``,
             ``buffers.<name>``.
         members: further models, each with its name before its tensors' (``generator.model.<fqn>``), and any object with
-            ``state_dict`` and ``load_state_dict`` whose state is plain values (a sampler).
-        config: plain values describing the run, kept in ``run.json``.
+            ``state_dict`` and ``load_state_dict`` (a sampler, a grad scaler, an EMA), alike on all ranks unless wrapped in
+            :class:`~engine.PerRank`.
+        config: plain values describing the run, kept in ``run.json`` and in each checkpoint; differences are told on resume.
+        keep_last, keep_every, keep_best: which steps stay, see :class:`~engine.catalog.Retention`; without ``keep_last`` all do.
+        monitor, mode: the metric that decides which step is ``best``, and whether that is the smallest (``min``) or largest (``max``).
+        replicas: how much of what several ranks hold alike is compared between them at each save: ``all``, a ``sample`` that goes
+            round, or ``off``.
+        names: whether folders with invalid step names in the run are tolerated on resume, or refused.
         timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`.
 
     A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``.
@@ -96,33 +115,35 @@ class Checkpointer:
         model: Any = None,
         *,
         config: Mapping[str, Any] | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        replicas: replicas.Replicas = "sample",
+        names: Names = "tolerate",
         timeout_seconds: float = 600.0,
         **members: Any,
     ) -> None:
         self._storage = LocalStorage(run)
         self._config = dict(config or {})
+        self._retention = Retention(keep_last, keep_every, keep_best)
+        self._monitor = Monitor(monitor, mode) if monitor is not None else None
+        self._replicas = replicas
+        self._names: Names = names
         self._ranks = current_ranks(timeout_seconds)
         self._ranks.agree("attach", lambda: self._attach(model, members))
         self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
         self._plan: _Plan | None = None
-        self._parent = ""
+        self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
+        self._saves = 0
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
     def _attach(self, model: Any, members: Mapping[str, Any]) -> dict[str, Any]:
         """Check that this rank holds what the layout rules say; that all ranks have the same rules is for the caller."""
-        self._models: dict[str, Member] = {}
-        self._others: dict[str, Any] = {}
-        if model is not None:
-            self._models[""] = Member("", adapter_for("model", model), self._ranks.rank)
-        for name, member in members.items():
-            if is_plain_state(member):
-                self._others[name] = member
-            else:
-                self._models[name] = Member(f"{name}.", adapter_for(name, member), self._ranks.rank)
-        for member in self._models.values():
-            member.check()
-        described = [shard.tensor for member in self._models.values() for shard in member.shards()]
+        self._members = Members(model, members, self._ranks.rank)
+        described = [shard.tensor for shard in self._members.model_shards()]
         return {"have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described))}
 
     # ------------------------------------------------------------------ save
@@ -131,86 +152,124 @@ class Checkpointer:
     def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
         """Write a checkpoint of all members as step ``progress.step``; returns its folder when it is durable and visible.
 
+        ``metrics`` enter ``progress.metrics`` and ``progress.history``; the monitored one moves ``progress.best``.
+
         Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise and what was committed before stays as it
         was; the new step is not visible, unless the failure came after its rename (moving ``latest``), which the message then says.
-        A step that exists is replaced.
+        A step that exists is replaced. Then steps that retention does not keep are deleted.
         """
         began = time.perf_counter()
         captured = self._plan_save(progress, metrics or {})
-        attempt = self._ranks.first("begin the save", lambda: begin_attempt(self._storage, captured.progress.step))
+        attempt = self._ranks.first("begin the save", lambda: self._begin(captured.progress.step))
         try:
-            entries = self._ranks.gather("write the shards", lambda: self._write(attempt, captured))
-            manifest = self._manifest(captured, attempt, [IndexEntry(*entry) for entry in entries])
-            self._ranks.first("commit", lambda: self._commit(attempt, manifest))
+            written = self._ranks.collect("write the shards", lambda: self._write(attempt, captured))
+            self._ranks.first("commit", lambda: self._commit(attempt, captured, written))
         except BaseException:
             if self._ranks.rank == 0:
                 abort_attempt(self._storage, attempt)
             raise
-        progress.metrics = captured.progress.metrics
-        self._parent = step_name(captured.progress.step)
+        progress.take(captured.progress)
+        saved = step_name(captured.progress.step)
+        if self._ranks.rank == 0:
+            self._clean_up(saved, captured.progress)
+        self._saves += 1
         seconds = time.perf_counter() - began
-        logger.info("saved %s: %.1f MB by this rank in %.2f s", self._parent, self._writer.bytes_written / 1e6, seconds)
-        return f"{self._storage.root}/{self._parent}"
+        logger.info("saved %s: %.1f MB by this rank in %.2f s", saved, self._writer.bytes_written / 1e6, seconds)
+        return f"{self._storage.root}/{saved}"
 
     def _plan_save(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
-        """Capture live shards and the record; all ranks compare what must be the same. The last plan serves while tensors stay
+        """Capture live shards and the records; all ranks compare what must be the same. The last plan serves while tensors stay
         alike."""
         captured: list[_Captured] = []
 
         def capture() -> dict[str, Any]:
-            if self._spoiled:
-                raise UsageError(
-                    f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving"
-                )
-            plain = progress.plain(metrics)
-            shards = [shard for member in self._models.values() for shard in member.shards()]
-            described = tuple(shard.tensor for shard in shards)
-            if self._plan is None or self._plan.described != described:
-                self._plan = _make_plan(described, self._ranks.rank)
-            models = {name: member.record() for name, member in self._models.items()}
-            others = {name: other.state_dict() for name, other in self._others.items()}
-            record = encode_record({"progress": msgspec.structs.asdict(plain), "models": models, "others": others, "config": self._config})
-            captured.append(_Captured(plain, shards, record, self._plan))
-            position = [plain.epoch, plain.step, plain.samples]  # metrics may be a rank's own: rank 0's are kept
-            return {
-                "are at another [epoch, step, samples]": position,
-                "have other tensors, shapes or layouts": self._plan.digest,
-                "have other optimizer settings, schedules or counters": digest(encode_record(models)),
-                "have another state of " + " and ".join(others): digest(encode_record(others)),
-            }
+            captured.append(self._capture(progress, metrics))
+            now = captured[0]
+            return {"alike": now.alike, "shared": replicas.digests(now.shards, now.compared, self._ranks.rank)}
 
-        self._ranks.agree("agree on the save", capture)
+        def conclude(reports: list[dict[str, Any]]) -> list[str]:
+            compare([report["alike"] for report in reports])
+            return replicas.drifted([report["shared"] for report in reports])
+
+        drifted = self._ranks.round("agree on the save", capture, conclude)
+        if drifted:
+            now, rank = captured[0], self._ranks.rank
+            details = lambda: replicas.details(now.shards, now.compared, rank, drifted)  # noqa: E731
+            self._ranks.round("compare replicas", details, replicas.name_the_drift)
         return captured[0]
 
-    def _write(self, attempt: str, captured: _Captured) -> list[Any]:
-        """This rank's files; returns its index's size and digest."""
-        self._writer.begin(attempt, captured.plan.numbers, encode_record({"rng": capture_rng()}))
-        dcp.save(captured.shards, self._writer, captured.plan.planner)
-        assert self._writer.index_entry is not None
-        return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest]
+    def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
+        if self._spoiled:
+            raise UsageError(f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving")
+        plain = progress.plain(metrics, self._monitor)
+        shards = self._members.capture()
+        described = tuple(shard.tensor for shard in shards)
+        if self._plan is None or self._plan.described != described:
+            self._plan = _make_plan(described, self._ranks.rank)
+        models, objects, own = self._members.records()
+        alike = {
+            "are at another [epoch, step, samples]": [plain.epoch, plain.step, plain.samples],  # metrics may be a rank's own: rank 0's are kept
+            "have other tensors, shapes or layouts": self._plan.digest,
+            "have other optimizer settings, schedules or counters": digest(encode_record(models)),
+            "have another state of " + " and ".join(objects): digest(encode_record(objects)),
+        }
+        record = {"progress": msgspec.to_builtins(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
+        compared = list(self._plan.shared) if self._ranks.world_size > 1 and self._replicas != "off" else []
+        if self._replicas == "sample":
+            compared = replicas.sample(shards, compared, self._saves)
+        return _Captured(plain, shards, encode_record(record), encode_record({"rng": capture_rng(), "objects": own}), alike, compared, self._plan)
 
-    def _manifest(self, captured: _Captured, attempt: str, entries: Sequence[IndexEntry]) -> Manifest:
-        progress = captured.progress
-        return Manifest(
-            format=FORMAT,
-            engine=", ".join(dict.fromkeys(member.adapter.engine for member in self._models.values())),
+    def _begin(self, step: int) -> str:
+        attempt = begin_attempt(self._storage, step)
+        if self._lineage is None:
+            self._lineage = catalog.lineage_after(self._storage, None, _line_name())
+        return attempt
+
+    def _write(self, attempt: str, captured: _Captured) -> list[Any]:
+        """This rank's files; returns its index's size and digest, and the bytes of all."""
+        plan = captured.plan
+        self._writer.begin(attempt, plan.numbers, plan.classes, captured.own_record)
+        dcp.save(captured.shards, self._writer, plan.planner)
+        assert self._writer.index_entry is not None
+        return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest, self._writer.bytes_written]
+
+    def _commit(self, attempt: str, captured: _Captured, written: Sequence[Any]) -> None:
+        write_run_file(self._storage, self._config, captured.progress.wandb_run_id)
+        commit_attempt(self._storage, attempt, self._manifest(captured, attempt, written))
+
+    def _manifest(self, captured: _Captured, attempt: str, written: Sequence[Any]) -> Manifest:
+        progress, plan, monitor = captured.progress, captured.plan, self._monitor
+        assert self._lineage is not None
+        summary = Summary(
+            engine=self._members.engine,
             world_size=self._ranks.world_size,
             epoch=progress.epoch,
             step=progress.step,
             samples=progress.samples,
             created=time.time(),
             attempt=attempt,
-            parent=self._parent,
+            lineage=self._lineage,
             metrics=progress.metrics,
-            tensors=captured.plan.assigned,
-            aliases={alias: name for member in self._models.values() for alias, name in member.aliases().items()},
-            indexes=tuple(entries),
-            record=captured.record,
+            monitor=monitor.metric if monitor else "",
+            mode=monitor.mode if monitor else "",
+            best_step=progress.best.step if progress.best else -1,
+            tensors=len(plan.listed),
+            size_bytes=sum(size_bytes for *_, size_bytes in written),
         )
+        return Manifest(summary, plan.listed, self._members.aliases(), tuple(IndexEntry(*entry[:2]) for entry in written), captured.record)
 
-    def _commit(self, attempt: str, manifest: Manifest) -> None:
-        write_run_file(self._storage, self._config)
-        commit_attempt(self._storage, attempt, manifest)
+    def _clean_up(self, saved: str, progress: Progress) -> None:
+        """After a commit, on rank 0: ``best``, what retention does not keep, and once what killed saves have left. A refusal of the
+        storage is told, and left for the next save: the checkpoint itself is safe."""
+        try:
+            if progress.best is not None and self._storage.exists(best := step_name(progress.best.step)):
+                catalog.point_best(self._storage, best)
+            for name in catalog.expired(catalog.summaries(self._storage), saved, self._retention) if self._retention.last else []:
+                catalog.delete_step(self._storage, name)
+            if self._saves == 0:
+                catalog.sweep(self._storage)
+        except (EngineError, OSError) as e:
+            logger.warning("clearing up %s: %s", self._storage.root, e)
 
     # ------------------------------------------------------------------ load
 
@@ -220,6 +279,9 @@ class Checkpointer:
         what: str = LATEST,
         *,
         missing: Missing = "error",
+        corrupt: Corrupt = "previous",
+        override: Sequence[str] = (),
+        extend_rows: Mapping[str, str] | None = None,
         allow_missing: Sequence[str] = (),
         allow_unexpected: Sequence[str] = (),
         allow_cast: Sequence[str] = (),
@@ -227,42 +289,66 @@ class Checkpointer:
         """Restore all members from a checkpoint and return how far it had come. Every rank calls this.
 
         Args:
-            what: ``latest``, ``epoch:N``, ``step:N``, or the path of a step or of another run.
+            what: ``latest``, ``best``, ``epoch:N``, ``step:N``, or the path of a step or of another run.
             missing: where the run has no checkpoint at all: raise, or start fresh with or without a warning.
-            allow_missing, allow_unexpected, allow_cast: see :class:`~engine.plan.match.Allow`.
+            corrupt: where ``latest`` is damaged: take the newest sound one before it, with a warning, or raise. A step that was
+                asked for by name is never replaced.
+            override: hyper-parameters, such as ``"lr"``, of which this run's values win over the checkpoint's.
+            extend_rows: by pattern over parameters' names, what rows beyond the checkpoint's become, see
+                :class:`~engine.plan.match.Allow`; as are ``allow_missing``, ``allow_unexpected``, ``allow_cast``.
 
         Names, shapes and dtypes are compared before anything changes. An error after that says that the live state is partly
         overwritten.
         """
+        allow = Allow(allow_missing, allow_unexpected, allow_cast, extend_rows or {})
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
             return Progress()
-        began = time.perf_counter()
-        stored = self._open(*found)
-        load = _load(stored, Allow(allow_missing, allow_unexpected, allow_cast))
-        self._ranks.gather("compare the checkpoint with this run", lambda: self._compare(load))
-        self._spoiled = str(load.stored.where)
-        try:
-            bytes_read = sum(self._ranks.gather("read the shards", lambda: self._fill(load)))
-            self._restore(load)
-        except EngineError as e:
-            raise type(e)(f"{e}\n{_PARTLY}") from e
-        except Exception as e:
-            e.add_note(_PARTLY)
-            raise
-        self._parent, self._loaded, self._spoiled = found[1], (load.stored, load.stored_names), ""
-        self._tell(load, bytes_read, time.perf_counter() - began)
-        return load.progress
+        root, folder = found
+        while True:
+            try:
+                return self._resume(root, folder, allow, override)
+            except CheckpointCorrupt as e:
+                if what != LATEST or corrupt == "error":
+                    raise
+                damaged, told = folder, str(e)
+                earlier = self._ranks.first("find an earlier checkpoint", lambda: catalog.previous(self._storage, damaged))  # noqa: B023
+                if earlier is None:
+                    raise
+                folder = earlier
+                if self._ranks.rank == 0:
+                    logger.warning("%s IS DAMAGED and is passed over; going back to %s. What was found: %s", damaged, earlier, told)
 
     def _find(self, what: str, missing: Missing) -> list[str] | None:
         try:
-            storage, folder = catalog.find(self._storage.root, what)
+            storage, folder = catalog.find(self._storage.root, what, names=self._names)
         except CheckpointNotFound as e:
             if missing == "error" or what != LATEST:
                 raise
             logger.log(logging.WARNING if missing == "warn" else logging.INFO, "starting fresh: %s", e)
             return None
         return [storage.root, folder]
+
+    def _resume(self, root: str, folder: str, allow: Allow, override: Sequence[str]) -> Progress:
+        began, ranks = time.perf_counter(), self._ranks
+        stored = self._open(root, folder)
+        load = Loading(self._members, stored, allow, override, ranks.rank, ranks.world_size)
+        ranks.gather("compare the checkpoint with this run", load.compare)
+        self._spoiled = str(stored.where)
+        try:
+            bytes_read = sum(ranks.gather("read the shards", load.fill))
+            ranks.gather("restore counters and hyper-parameters", load.restore)
+            ranks.gather("derive the weights from their masters", self._members.publish)
+            ranks.gather("restore the random state", lambda: self._go_on(load, root, folder))
+        except EngineError as e:
+            raise type(e)(f"{e}\n{_PARTLY}") from e
+        except Exception as e:
+            e.add_note(_PARTLY)
+            raise
+        self._loaded, self._spoiled = (stored, load.stored_names), ""
+        if ranks.rank == 0:
+            load.tell(self._config, bytes_read, time.perf_counter() - began)
+        return load.progress
 
     def _open(self, root: str, folder: str) -> StoredCheckpoint:
         """Every rank opens the same manifest: their digests are compared."""
@@ -276,91 +362,27 @@ class Checkpointer:
             raise PeerError(f"the ranks see different manifests in {root}/{folder}; is the folder on storage that all of them share?")
         return opened[0]
 
-    def _compare(self, load: _Load) -> None:
-        """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
-        stored = load.stored
-        for name, member in self._models.items():
-            targets = member.targets(stored.tensors, stored.manifest.aliases, load.model_record(name))
-            load.stored_names.update(targets.stored_names)
-            load.scalars += targets.scalars
-            load.tensors += targets.tensors
-            load.states += targets.states
-        live = [shard.tensor for shard in load.tensors] + load.states
-        scalars = [load.stored_names.get(shard.name, shard.name) for shard in load.scalars]
-        load.matched = match(live, stored.tensors, load.stored_names, load.allow, scalars)
-        match_names(self._others, load.record["others"], load.allow)
-        for name, other in self._others.items():
-            if hasattr(other, "check_state_dict") and name in load.record["others"]:
-                other.check_state_dict(load.record["others"][name])
-        self._read(load, load.scalars)
-        for member in self._models.values():
-            member.check_load()
+    def _go_on(self, load: Loading, root: str, folder: str) -> None:
+        """The last of a resume: the line of training that saves go on, then random state."""
+        if self._ranks.rank == 0:
+            own_run = os.path.realpath(root) == os.path.realpath(self._storage.root)
+            self._lineage = catalog.lineage_after(self._storage, folder if own_run else None, _line_name())
+        self._restore_rng(load)
 
-    def _fill(self, load: _Load) -> int:
-        """Give the optimizers the states that the checkpoint has, then fill everything in place; returns the bytes read."""
-        shards = list(load.tensors)
-        for member in self._models.values():
-            shards += member.prepare()
-        unread = load.matched.pairs.keys() - {shard.name for shard in shards}
-        if unread:
-            raise LayoutError(
-                f"{len(unread)} stored tensors have no live counterpart to fill, such as {min(unread)}: the optimizer keeps other states than before"
-            )
-        return self._read(load, [shard for shard in shards if shard.name in load.matched.pairs])
-
-    def _read(self, load: _Load, shards: Sequence[Shard]) -> int:
-        if not shards:
-            return 0
-        tensors, names = load.stored.tensors, load.stored_names
-        return dcp.load([dcp.Pairing(shard, tensors[names.get(shard.name, shard.name)]) for shard in shards], load.stored, self._ranks.rank)
-
-    def _restore(self, load: _Load) -> None:
-        """Everything that is not a tensor; then what is derived from the masters, and random state last."""
-
-        def restore() -> None:
-            for member in self._models.values():
-                member.restore(load.progress.step, load.progress.samples)
-            for name, other in self._others.items():
-                if name in load.record["others"]:
-                    other.load_state_dict(load.record["others"][name])
-                if hasattr(other, "seek"):
-                    other.seek(load.progress.samples)
-
-        def publish() -> None:
-            for member in self._models.values():
-                member.adapter.publish()
-
-        self._ranks.gather("restore counters and hyper-parameters", restore)
-        self._ranks.gather("derive the weights from their masters", publish)
-        self._ranks.gather("restore the random state", lambda: self._restore_rng(load))
-
-    def _restore_rng(self, load: _Load) -> None:
-        rank, world_size, saved_on = self._ranks.rank, self._ranks.world_size, load.stored.manifest.world_size
-        writer = rank if world_size == saved_on else 0
+    def _restore_rng(self, load: Loading) -> None:
         try:
-            rng = decode_record(load.stored.index(writer).record)["rng"]
-            if world_size == saved_on:
+            rng, own = load.random_state()
+            if own:
                 restore_rng(rng)
                 return
-            derive_rng(rng["seed"], load.progress.step, rank)
+            derive_rng(rng["seed"], load.progress.step, self._ranks.rank)
         except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise CheckpointCorrupt(f"{load.stored.where}: the random state of rank {writer} is not as this version writes it: {e!r}") from e
-        if rank == 0:
-            logger.info("saved on %d ranks, resumed on %d: random state is derived anew from the saved seed", saved_on, world_size)
-
-    def _tell(self, load: _Load, bytes_read: int, seconds: float) -> None:
-        if self._ranks.rank:
-            return
-        m = load.stored.manifest
-        logger.info(
-            "resumed %s (%s on %d ranks): %.1f MB read and verified in %.2f s", load.stored.where, m.engine, m.world_size, bytes_read / 1e6, seconds
-        )
-        for what, names in (("kept as they were", load.matched.missing), ("left out", load.matched.unexpected), ("converted", load.matched.cast)):
-            if names:
-                logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")
+            raise CheckpointCorrupt(f"{load.stored.where}: the random state of a rank is not as this version writes it: {e!r}") from e
+        if self._ranks.rank == 0:
+            logger.info("resumed at another world size: random state is derived anew from the saved seed")
 
     def max_difference(self) -> float:
-        """The largest |live − stored| over all tensors of the checkpoint that was resumed last: 0.0 right after a resume.
+        """The largest |live − stored| over all tensors of the models in the checkpoint that was resumed last: 0.0 right after a resume.
 
         Reads the shard files with the safetensors package, not with our reader. Every rank calls this. Tensors that were
         converted are compared with the converted value.
@@ -370,8 +392,7 @@ class Checkpointer:
         stored, names = self._loaded
 
         def compare() -> float:
-            shards = [shard for member in self._models.values() for shard in member.shards()]
-            pairs = [(shard, names.get(shard.name, shard.name)) for shard in shards]
+            pairs = [(shard, names.get(shard.name, shard.name)) for shard in self._members.model_shards()]
             found = differences(stored, [(shard, name) for shard, name in pairs if name in stored.tensors], self._ranks.rank)
             return max(found.values(), default=0.0)
 
@@ -381,31 +402,8 @@ class Checkpointer:
         """Nothing is in flight: saves are durable when they return."""
 
 
-@dataclass
-class _Load:
-    """One load under way."""
-
-    stored: StoredCheckpoint
-    record: dict[str, Any]
-    progress: Progress
-    allow: Allow
-    stored_names: dict[str, str] = field(default_factory=dict)
-    scalars: list[Shard] = field(default_factory=list)
-    tensors: list[Shard] = field(default_factory=list)
-    states: list[LogicalTensor] = field(default_factory=list)
-    matched: Match = field(default_factory=Match)
-
-    def model_record(self, name: str) -> dict[str, Any]:
-        return self.record["models"].get(name, {})
-
-
-def _load(stored: StoredCheckpoint, allow: Allow) -> _Load:
-    """Raises :class:`CheckpointCorrupt` for a record that is not one of ours."""
-    record = decode_record(stored.manifest.record)
-    try:
-        return _Load(stored, record, msgspec.convert(record["progress"], Progress), allow)
-    except (msgspec.ValidationError, KeyError, TypeError) as e:
-        raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
+def _line_name() -> str:
+    return os.urandom(6).hex()
 
 
 def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
@@ -414,5 +412,8 @@ def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
     assigned = assign_writers(described)
-    numbers = {name: i for i, name in enumerate(names)}
-    return _Plan(described, assigned, digest(msgspec.msgpack.encode(assigned)), numbers, dcp.ShardSavePlanner(assigned, rank))
+    order, classes = reading_order(assigned)
+    listed = tuple(assigned[place] for place in order)
+    numbers = {tensor.name: number for number, tensor in enumerate(listed)}
+    planner = dcp.ShardSavePlanner(assigned, rank)
+    return _Plan(described, assigned, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, replicas.shares(described), planner)

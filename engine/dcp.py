@@ -29,9 +29,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from engine.errors import CheckpointCorrupt, UsageError
-from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
-from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode, index_name
+from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode_index, index_name
 from engine.plan.image import Image, Source, lay_out
 from engine.plan.reads import absent, wants
 from engine.state.boxes import Box, shift, written_boxes
@@ -132,15 +131,17 @@ class ShardWriter(StorageWriter):
         self._stager = Stager()
         self._folder = ""
         self._numbers: Mapping[str, int] = {}
+        self._classes: Sequence[int] = ()
         self._record = b""
         self._laid_out: tuple[SavePlan, list[Image]] | None = None
         self._files: list[FileEntry] = []
         self.index_entry: IndexEntry | None = None
         self.bytes_written = 0
 
-    def begin(self, folder: str, numbers: Mapping[str, int], record: bytes) -> None:
-        """Where the next save goes; each tensor's number in the manifest; this rank's own record."""
-        self._folder, self._numbers, self._record = folder, numbers, record
+    def begin(self, folder: str, numbers: Mapping[str, int], classes: Sequence[int], record: bytes) -> None:
+        """Where the next save goes; each tensor's number in the manifest, and the geometry class by number; this rank's own
+        record."""
+        self._folder, self._numbers, self._classes, self._record = folder, numbers, classes, record
         self.index_entry = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -151,7 +152,9 @@ class ShardWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
-            self._laid_out = (plan, lay_out([_source(i, item) for i, item in enumerate(plan.items)]))
+            sources = [_source(i, item) for i, item in enumerate(plan.items)]
+            sources.sort(key=lambda source: self._numbers[source.name])  # stable; what a reshard reads together lies together
+            self._laid_out = (plan, lay_out(sources))
         return replace(plan, storage_data=self._laid_out[1])
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -166,10 +169,9 @@ class ShardWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         chunks = tuple(self._chunk(*result.storage_data) for result in results[0])
-        index = encode(RankIndex(self._rank, tuple(self._files), chunks, self._record))
+        index, self.index_entry = encode_index(RankIndex(self._rank, tuple(self._files), chunks, self._record), self._classes)
         write_whole(self._storage, f"{self._folder}/{index_name(self._rank)}", index)
         self._storage.sync_folder(self._folder)
-        self.index_entry = IndexEntry(len(index), digest(index))
         self.bytes_written = len(index) + sum(file.size_bytes for file in self._files)
 
     def _chunk(self, item: WriteItem, place: Written) -> Chunk:
@@ -192,10 +194,11 @@ def _source(number: int, item: WriteItem) -> Source:
 
 
 class Pairing(Struct, frozen=True):
-    """A live shard and the stored tensor that fills it."""
+    """A live shard and the stored tensor that fills it. Rows from ``kept_from`` on keep their live values."""
 
     shard: Shard
     stored: LogicalTensor
+    kept_from: int | None = None
 
 
 class ShardLoadPlanner(LoadPlanner):
@@ -224,7 +227,7 @@ class ShardLoadPlanner(LoadPlanner):
                 target = view if overlap == box else _part(view, box, overlap)
                 yield Request(stored.name, rank, source.offsets, shift(overlap, source.offsets, -1), target)
             if missing:
-                missing -= _fill_absent(stored, box, view)
+                missing -= _fill_absent(stored, box, view, pairing.kept_from)
             if missing:
                 raise CheckpointCorrupt(f"{stored.name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
 
@@ -247,11 +250,12 @@ class ShardLoadPlanner(LoadPlanner):
         """Filled in place."""
 
 
-def _fill_absent(stored: LogicalTensor, box: Box, view: torch.Tensor) -> int:
-    """Returns the elements filled."""
+def _fill_absent(stored: LogicalTensor, box: Box, view: torch.Tensor, kept_from: int | None) -> int:
+    """Returns the elements that are settled: filled, or kept."""
     filled = 0
     for overlap, value in absent(stored, box):
-        _part(view, box, overlap).fill_(value)
+        if kept_from is None or overlap.offsets[0] < kept_from:
+            _part(view, box, overlap).fill_(value)
         filled += overlap.numel
     return filled
 

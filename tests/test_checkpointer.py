@@ -206,7 +206,7 @@ def test_numpy_numbers_are_taken_as_numbers(tmp_path):
 
     checkpointer = Checkpointer(tmp_path, model(0))
     checkpointer.save(Progress(step=np.int64(3)), metrics={"loss": np.float32(0.5)})  # type: ignore[arg-type]
-    assert checkpointer.resume() == Progress(step=3, metrics={"loss": 0.5})
+    assert checkpointer.resume() == Progress(step=3, metrics={"loss": 0.5}, history=[{"epoch": 0.0, "step": 3.0, "loss": 0.5}])
 
 
 def test_refusals_come_before_anything_changes(tmp_path):
@@ -358,7 +358,7 @@ def test_nothing_is_saved_after_a_load_that_failed_halfway(tmp_path):
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CheckpointCorrupt, match="partly overwritten"):
-        checkpointer.resume()
+        checkpointer.resume("step:2")
     with pytest.raises(UsageError, match="failed halfway"):
         checkpointer.save(Progress(step=3))
     checkpointer.resume("step:1")

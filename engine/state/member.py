@@ -1,19 +1,22 @@
 """One model with its optimizer and scheduler, as the checkpoint sees it: shards to save, targets to fill, one record."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from engine.errors import IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Grid, LogicalTensor, Mesh
 from engine.state import optimizer as optim
 from engine.state.boxes import check_tiling
+from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, world_size
 from engine.state.scheduler import check_position, position, restore_position
 from engine.state.shard import Shard, check_shard, dtype_name
-from engine.state.source import Adapter, Piece
+from engine.state.source import Adapter, Piece, Slot
 
 logger = logging.getLogger("engine")
 
@@ -45,24 +48,44 @@ class Member:
         for shard in self.shards():
             check_tiling(shard.tensor)
             check_shard(shard, self.rank)
-        for slot in self.adapter.slots():
+        for slot in self._slots():
             _check_copy(slot.piece, self.rank)
+
+    def _slots(self) -> list[Slot]:
+        placed = self.adapter.names.placed
+        return [replace(slot, piece=placed(slot.piece)) for slot in self.adapter.slots()] if self.adapter.names.places else self.adapter.slots()
+
+    def _others(self) -> list[Piece]:
+        return [self.adapter.names.placed(piece) for piece in self.adapter.others()]
 
     def shards(self) -> list[Shard]:
         """All live state, in a stable order: parameters, optimizer state, buffers."""
-        slots = self.adapter.slots()
-        pieces = [slot.piece for slot in slots] + self.adapter.others()
-        shards = [self._model_shard(piece) for piece in pieces]
-        if self.adapter.optimizer is not None:
-            shards += optim.state_shards(self._state_prefix, self.adapter.optimizer, slots)
-        return shards + self._buffers()
+        slots, others = self._slots(), self._others()
+        shards = self._model_shards([slot.piece for slot in slots] + others)
+        return shards + self._state_shards(slots, others) + self._buffers()
 
     @property
     def _state_prefix(self) -> str:
         return f"{self.prefix}optim.state."
 
-    def _model_shard(self, piece: Piece) -> Shard:
-        return optim.tensor_shard(f"{self.prefix}model.{piece.name}", piece.shape, piece.layout, piece.local)
+    def _model_shards(self, pieces: list[Piece]) -> list[Shard]:
+        """One a logical tensor; a tensor of several parameters stands where its first one does."""
+        shards: dict[str, Shard | None] = {}
+        parts: dict[str, list[Held]] = {}
+        wholes: dict[str, tuple[int, ...]] = {}
+        for piece in pieces:
+            name = f"{self.prefix}model.{piece.name}"
+            if piece.place is None:
+                shards[name] = optim.tensor_shard(name, piece.shape, piece.layout, piece.local)
+            else:
+                shards[name], wholes[name] = None, piece.place.whole
+                parts.setdefault(name, []).extend(held(piece.place, piece.shape, piece.layout, piece.local))
+        return [shard or join(name, wholes[name], parts[name]) for name, shard in shards.items()]
+
+    def _state_shards(self, slots: list[Slot], others: list[Piece]) -> list[Shard]:
+        if self.adapter.optimizer is None:
+            return []
+        return optim.state_shards(self._state_prefix, self.adapter.optimizer, slots, [piece for piece in others if piece.place])
 
     def _buffers(self) -> list[Shard]:
         """Rank 0's: buffers may differ by rank (BatchNorm statistics), and one rank's must be taken together."""
@@ -82,7 +105,7 @@ class Member:
 
     def record(self) -> dict[str, Any]:
         """Everything replicated that is not a tensor."""
-        a, slots = self.adapter, self.adapter.slots()
+        a, slots = self.adapter, self._slots()
         record: dict[str, Any] = {"engine": a.engine, "counters": a.counters()}
         if a.optimizer is not None:
             record["optimizer"] = optim.family(a.optimizer)
@@ -91,7 +114,7 @@ class Member:
             record["local_states"] = optim.local_states(a.optimizer)
             record["groups"] = optim.hyper_parameters(a.optimizer, slots)
             record["scalars"] = optim.python_scalars(a.optimizer, slots)
-            record["stateless"] = [s.piece.name for s in slots if not a.optimizer.state.get(s.holder)]
+            record["stateless"] = list(dict.fromkeys(s.piece.name for s in slots if not a.optimizer.state.get(s.holder)))
         if a.scheduler is not None:
             record["scheduler"] = position(a.scheduler)
         return record
@@ -101,9 +124,9 @@ class Member:
     def targets(self, stored: dict[str, LogicalTensor], aliases: dict[str, str], record: dict[str, Any]) -> Targets:
         """What of the live state this checkpoint fills. Changes nothing. Raises :class:`IncompatibleCheckpoint` for another
         optimizer."""
-        a, slots = self.adapter, self.adapter.slots()
-        pieces = [slot.piece for slot in slots] + a.others()
-        targets = Targets([], [self._model_shard(piece) for piece in pieces] + self._buffers())
+        a, slots = self.adapter, self._slots()
+        pieces = [slot.piece for slot in slots] + self._others()
+        targets = Targets([], self._model_shards(pieces) + self._buffers())
         tied = {s.name: aliases[s.name] for s in targets.tensors if s.name not in stored and s.name in aliases}
         model = f"{self.prefix}model."
         resolve = {name.removeprefix(model): other.removeprefix(model) for name, other in tied.items() if name.startswith(model)}
@@ -118,11 +141,12 @@ class Member:
             )
         prefix = self._state_prefix
         load.states = self._stored_states(stored, [piece.name for piece in pieces])
+        kept = {name: stored[full] for name in load.states if (full := f"{model}{resolve.get(name, name)}") in stored}
+        load.shapes = {name: tensor.shape for name, tensor in kept.items()}
         load.scalars = targets.scalars = optim.scalar_targets(prefix, slots, load.states)
         if record.get("optimizer_class") == type(a.optimizer).__name__:
-            kept = {name: stored.get(f"{model}{resolve.get(name, name)}") for name in load.states}
             load.same_dtype = {s.piece.name for s in slots if _has_dtype(kept.get(s.piece.name), s.piece)}
-        targets.states = optim.describe(prefix, a.optimizer, slots, load.states, load.same_dtype) + self._lost_states(stored, record)
+        targets.states = optim.describe(prefix, a.optimizer, slots, load.states, load.same_dtype, load.shapes) + self._lost_states(stored, record)
         for fqn, states in load.states.items():
             targets.stored_names.update(
                 {f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"}
@@ -143,25 +167,27 @@ class Member:
         here is kept. The former are named ``….*``, in no checkpoint, so that they count as missing; the latter do so themselves."""
         load, model = self._load, f"{self.prefix}model."
         known = {name for group in record.get("groups", []) for name in group["params"]}
-        load.kept = {s.piece.name for s in self.adapter.slots() if load.resolve.get(s.piece.name, s.piece.name) not in known}
+        load.kept = {s.piece.name for s in self._slots() if load.resolve.get(s.piece.name, s.piece.name) not in known}
         lost = sorted(name for name in load.kept if f"{model}{load.resolve.get(name, name)}" in stored)
         return [LogicalTensor(f"{self._state_prefix}{name}.*", "F32", (), ()) for name in lost]
 
-    def check_load(self) -> None:
-        """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Raises
-        :class:`IncompatibleCheckpoint`."""
-        load, a = self._load, self.adapter
+    def check_load(self, override: Sequence[str]) -> list[str]:
+        """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Returns how this run's hyper-parameters
+        differ from the checkpoint's, of which ``override`` names those that win. Raises :class:`IncompatibleCheckpoint`."""
+        load, a, told = self._load, self.adapter, []
         a.counters()  # refuses inside gradient accumulation: pending gradients belong to the weights that are replaced
         if a.optimizer is not None:
-            slots = a.slots()
+            slots = self._slots()
             load.values = self._scalar_values(slots)
             optim.check_holders(slots, load.values, load.states, load.kept)
-            load.hyper_parameters = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
+            chosen = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
+            load.hyper_parameters, told = optim.settle_hyper_parameters(a.optimizer, chosen, override)
         if a.scheduler is not None and load.record.get("scheduler") is not None:
             check_position(a.scheduler, load.record["scheduler"])
         elif a.scheduler is not None or load.record.get("scheduler") is not None:
             has, lacks = ("this run", "the checkpoint") if a.scheduler is not None else ("the checkpoint", "this run")
             logger.warning("%s has a learning-rate scheduler and %s has none; it starts anew, or is left out", has, lacks)
+        return [f"{self.prefix.rstrip('.') or 'the model'}: {line}" for line in told]
 
     def _scalar_values(self, slots: list[Any]) -> optim.Scalars:
         load, stored = self._load, self._load.record.get("scalars", {})
@@ -179,17 +205,17 @@ class Member:
         load, a = self._load, self.adapter
         if a.optimizer is None:
             return []
-        slots = a.slots()
-        optim.allocate(a.optimizer, slots, load.states, load.values, load.record, load.same_dtype, load.kept)
+        slots = self._slots()
+        optim.allocate(a.optimizer, slots, load.states, load.values, load.record, load.same_dtype, load.kept, load.shapes)
         scalars = {shard.name for shard in load.scalars}
-        return [shard for shard in optim.state_shards(self._state_prefix, a.optimizer, slots) if shard.name not in scalars]
+        return [shard for shard in self._state_shards(slots, self._others()) if shard.name not in scalars]
 
     @torch.no_grad()
     def restore(self, step: int, samples: int) -> None:
         """After the tensors are filled: scalars, hyper-parameters, scheduler, counters. Local; the adapter's ``publish`` follows."""
         load, a = self._load, self.adapter
         if a.optimizer is not None:
-            optim.apply_scalars(a.optimizer, a.slots(), load.values)
+            optim.apply_scalars(a.optimizer, self._slots(), load.values)
             optim.apply_hyper_parameters(a.optimizer, load.hyper_parameters)
         if a.scheduler is not None and load.record.get("scheduler") is not None:
             restore_position(a.scheduler, load.record["scheduler"])
@@ -209,6 +235,7 @@ class _MemberLoad:
     hyper_parameters: dict[int, dict[str, Any]] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     same_dtype: set[str] = field(default_factory=set)
+    shapes: optim.Shapes = field(default_factory=dict)
 
 
 def _has_dtype(stored: LogicalTensor | None, piece: Piece) -> bool:

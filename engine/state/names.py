@@ -1,10 +1,15 @@
 """Fully qualified names (FQNs), the same whatever wraps the module."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
 from torch import nn
 
 from engine.errors import LayoutError, UsageError
+from engine.state.parts import Place, expert_place, local_experts, row_places
+
+if TYPE_CHECKING:
+    from engine.state.source import Piece
 
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, PEFT's wrapped layer.
 _WRAPPER_COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
@@ -28,7 +33,10 @@ def normalise(name: str, *, peft: bool = False) -> str:
 
 
 class Names:
-    """The FQN of every parameter and persistent buffer of a module; tied ones have one name, and aliases."""
+    """The FQN of every parameter and persistent buffer of a module; tied ones have one name, and aliases.
+
+    ``places``: by FQN, the parameters that are boxes of a larger logical tensor.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         peft = hasattr(module, "peft_config") and hasattr(module, "base_model")
@@ -46,6 +54,15 @@ class Names:
             else:
                 self.parameters[name] = parameter
                 self._of[id(parameter)] = name
+        self.places: dict[str, Place] = {}
+        self._find_rows(module, peft)
+        experts = local_experts(module)
+        for name, parameter in self.parameters.items():
+            if getattr(parameter, "allreduce", True):
+                continue
+            if id(parameter) not in experts:
+                raise UsageError(f"{name} is an expert-parallel parameter outside DeepSpeed's MoE layer; how it is stacked is not known")
+            self.places[name] = expert_place(name, parameter, experts[id(parameter)])
         self.buffer_aliases: dict[str, str] = {}
         seen: dict[int, str] = {}
         for prefix, owner in module.named_modules():
@@ -60,6 +77,28 @@ class Names:
                     seen[id(buffer)] = name
                     self.buffers[name] = raw
 
+    def _find_rows(self, module: nn.Module, peft: bool) -> None:
+        """Rows that a module declares, where they are tied to another module's rows as an alias of the whole."""
+        for raw, owner in module.named_modules():
+            prefix = normalise(f"{raw}.", peft=peft) if raw else ""
+            own = {name: parameter for name, parameter in owner.named_parameters(recurse=False)}
+            for name, place in row_places(owner, prefix, own).items():
+                first = self.aliases.pop(f"{prefix}{name}", None)
+                if first is None:
+                    self.places[f"{prefix}{name}"] = place
+                elif first in self.places and self.places[first].offsets == place.offsets:
+                    self.aliases[place.name] = self.places[first].name
+                else:
+                    raise LayoutError(f"{prefix}{name} is tied to {first}, which is not the same rows of a weight; declare both alike")
+        taken = sorted({place.name for place in self.places.values()} & self.parameters.keys())
+        if taken:
+            raise LayoutError(f"{taken[0]} is declared to consist of other parameters, but there is a parameter of that name")
+
+    def placed(self, piece: "Piece") -> "Piece":
+        """A parameter that is a box of a larger tensor under that tensor's name; any other as it is."""
+        place = self.places.get(piece.name)
+        return replace(piece, name=place.name, place=place) if place else piece
+
     def of(self, parameter: nn.Parameter) -> str:
         """Raises :class:`LayoutError` for a parameter that the module does not have."""
         if id(parameter) not in self._of:
@@ -72,7 +111,5 @@ def _refuse_unknown(module: nn.Module) -> None:
     if any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
         raise UsageError("FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard")
     for name, parameter in module.named_parameters():
-        if not getattr(parameter, "allreduce", True):
-            raise UsageError(f"{name} is an expert-parallel parameter: other ranks hold other experts under its name. This version cannot save it")
         if getattr(parameter, "tensor_model_parallel", False):
             raise UsageError(f"{name} is cut by Megatron's tensor parallelism. This version cannot save it; DTensor placements it can")

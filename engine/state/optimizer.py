@@ -4,7 +4,8 @@ A state is a *scalar* if it is one number for the whole parameter (``step``), el
 a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.tensor import Shard as Cut
 
 from engine.errors import IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Part
+from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, replicated
 from engine.state.shard import Shard, dtype_name, torch_dtype
 from engine.state.source import Piece, Slot
@@ -23,8 +25,13 @@ States = dict[str, dict[str, LogicalTensor]]
 Scalars = dict[str, dict[str, Any]]
 """Scalar values by live FQN and key."""
 
+Shapes = dict[str, tuple[int, ...]]
+"""The stored shape of each parameter, by live FQN."""
+
 # How a step is computed, not what it computes: these follow the resuming run, not the checkpoint.
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+# What is told where it differs from the checkpoint's; other values (schedule-free's k, weight_sum) are state that changes each step.
+_TOLD = {"lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
 _ADAM = {"Adam", "FusedAdam", "DeepSpeedCPUAdam", "AdamW", "CPUAdam"}
 
 
@@ -45,18 +52,37 @@ def tensor_shard(name: str, shape: tuple[int, ...], layout: Any, local: torch.Te
     return Shard(LogicalTensor(name, dtype_name(local.dtype), shape, (Part(layout),)), (local,))
 
 
-def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> list[Shard]:
-    """A shard for each state tensor of each parameter, named ``<prefix><fqn>.<key>`` as torch flattens them."""
-    shards = []
+def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], frozen: Sequence[Piece] = ()) -> list[Shard]:
+    """A shard for each state tensor of each parameter, named ``<prefix><fqn>.<key>`` as torch flattens them.
+
+    Of a logical tensor that consists of several parameters the states are joined too; ``frozen`` are those parts without state:
+    declared absent.
+    """
+    shards: dict[str, Shard] = {}
+    parts: dict[tuple[str, str], list[Held]] = {}
+    wholes = {}
     for slot in slots:
+        piece = slot.piece
         for key, value in optimizer.state.get(slot.holder, {}).items():
-            name = f"{prefix}{slot.piece.name}.{key}"
+            name = f"{prefix}{piece.name}.{key}"
             if isinstance(value, torch.Tensor):
-                scalar = value.ndim == 0 and is_scalar(key, (), slot.piece)
-                shards.append(tensor_shard(name, (), replicated(), local_of(value)) if scalar else _elementwise(name, slot, value))
+                if value.ndim == 0 and is_scalar(key, (), piece):
+                    shards[name] = tensor_shard(name, (), replicated(), local_of(value))
+                    continue
+                shard = _elementwise(name, slot, value)
+                if piece.place is None:
+                    shards[name] = shard
+                    continue
+                if shard.tensor.shape != piece.shape:
+                    raise LayoutError(f"{name}: a state of {list(shard.tensor.shape)} for a part of a larger weight cannot be joined to one tensor")
+                wholes[name] = piece.place.whole
+                parts.setdefault((name, piece.name), []).extend(held(piece.place, piece.shape, shard.tensor.parts[0].layout, shard.locals[0]))
             elif _counts_in_ints(key, value):  # stored as torch's own Adam would, so that either can load it
-                shards.append(tensor_shard(name, (), replicated(), torch.tensor(float(value))))
-    return shards
+                shards[name] = tensor_shard(name, (), replicated(), torch.tensor(float(value)))
+    for (name, fqn), found in parts.items():
+        rest = [held(piece.place, piece.shape, Absent(), None) for piece in frozen if piece.name == fqn and piece.place]
+        shards[name] = join(name, wholes[name], [*found, *chain.from_iterable(rest)])
+    return list(shards.values())
 
 
 def _counts_in_ints(key: str, value: Any) -> bool:
@@ -124,7 +150,7 @@ def hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) ->
     for slot in slots:
         names.setdefault(slot.group, []).append(slot.piece.name)
     return [
-        {"params": names.get(i, []), "values": {k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
+        {"params": list(dict.fromkeys(names.get(i, []))), "values": {k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
         for i, group in enumerate(optimizer.param_groups)
     ]
 
@@ -145,6 +171,38 @@ def choose_hyper_parameters(slots: Iterable[Slot], stored: list[dict[str, Any]],
                 f"({first[differing[0]]!r} and {values.get(differing[0])!r}); put them in separate groups"
             )
     return {number: values for number, (_, values) in chosen.items()}
+
+
+def settle_hyper_parameters(
+    optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]], override: Sequence[str]
+) -> tuple[dict[int, dict[str, Any]], list[str]]:
+    """The values to apply, where those of this run win that ``override`` names; and every difference, worded.
+
+    A rate under a scheduler (it has an ``initial_lr``) is overridden at its base: the present rate keeps its ratio to it.
+    """
+    settled, told = {}, []
+    for number, stored in chosen.items():
+        group, values = optimizer.param_groups[number], dict(stored)
+        scheduled = "initial_lr" in group and "initial_lr" in stored
+        for key in [k for k in values if k in group and (k in _TOLD or k in override)]:
+            if (key == "lr" and scheduled) or _same(group[key], values[key]):
+                continue
+            name = "lr" if key == "initial_lr" else key
+            wins = name in override
+            told.append(
+                f"param group {number}: {name} is {group[key]!r} here and {values[key]!r} in the checkpoint; "
+                + ("this run's is used" if wins else f"the checkpoint's is used (override=({name!r},) takes this run's)")
+            )
+            if wins and key == "initial_lr":
+                values["lr"] = float(group[key]) if not values[key] else float(values["lr"]) * float(group[key]) / float(values[key])
+            if wins:
+                values[key] = group[key].item() if isinstance(group[key], torch.Tensor) else group[key]
+        settled[number] = values
+    return settled, told
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (tuple(a) == tuple(b)) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else bool(a == b)
 
 
 def apply_hyper_parameters(optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]]) -> None:
@@ -170,9 +228,9 @@ def by_holder(slots: Iterable[Slot]) -> Iterator[tuple[torch.Tensor, list[Slot]]
 def scalar_targets(prefix: str, slots: Iterable[Slot], stored: States) -> list[Shard]:
     """Temporaries for the stored scalars."""
     return [
-        tensor_shard(f"{prefix}{slot.piece.name}.{key}", (), replicated(), torch.zeros((), dtype=torch_dtype(tensor.dtype)))
-        for slot in slots
-        for key, tensor in stored.get(slot.piece.name, {}).items()
+        tensor_shard(f"{prefix}{name}.{key}", (), replicated(), torch.zeros((), dtype=torch_dtype(tensor.dtype)))
+        for name, slot in {slot.piece.name: slot for slot in slots}.items()
+        for key, tensor in stored.get(name, {}).items()
         if is_scalar(key, tensor.shape, slot.piece)
     ]
 
@@ -203,22 +261,29 @@ def _told(kind: Any) -> str:
     return f"{dict(scalars)}" if states else "no optimizer state"
 
 
-def describe(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, same_dtype: set[str]) -> list[LogicalTensor]:
+def describe(
+    prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, same_dtype: set[str], shapes: Shapes
+) -> list[LogicalTensor]:
     """The state tensors as :func:`allocate` will leave them, to be compared with the checkpoint's before anything changes."""
-    described = []
+    described = {}
     for slot in slots:
-        state = optimizer.state.get(slot.holder, {})
-        for key, tensor in stored.get(slot.piece.name, {}).items():
-            if is_scalar(key, tensor.shape, slot.piece):
+        piece, state = slot.piece, optimizer.state.get(slot.holder, {})
+        for key, tensor in stored.get(piece.name, {}).items():
+            if is_scalar(key, tensor.shape, piece):
                 continue
             live = state.get(key)
-            alike = tensor.shape == slot.piece.shape or slot.cut is not None
-            shape = slot.piece.shape if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
+            alike = is_elementwise(slot, tensor, shapes)
+            shape = piece.whole if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
             if not alike and any(isinstance(part.layout, Absent) for part in tensor.parts):  # would be allocated at a size nothing backs
                 raise IncompatibleCheckpoint(f"{tensor.name} of shape {list(tensor.shape)} is declared absent in part, and unlike its parameter")
             dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor, same_dtype)
-            described.append(LogicalTensor(f"{prefix}{slot.piece.name}.{key}", dtype_name(dtype), shape, ()))
-    return described
+            described[piece.name, key] = LogicalTensor(f"{prefix}{piece.name}.{key}", dtype_name(dtype), shape, ())
+    return list(described.values())
+
+
+def is_elementwise(slot: Slot, tensor: LogicalTensor, shapes: Shapes) -> bool:
+    """Whether a stored state has a value for each element of its parameter."""
+    return slot.cut is not None or tensor.shape == shapes.get(slot.piece.name, slot.piece.whole)
 
 
 def allocate(
@@ -229,6 +294,7 @@ def allocate(
     record: dict[str, Any],
     same_dtype: set[str],
     kept: set[str],
+    shapes: Shapes,
 ) -> None:
     """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped. What is in ``kept``
     stays as it is."""
@@ -246,19 +312,25 @@ def allocate(
             del state[key]
         for key, tensor in wanted.items():
             if state.get(key) is None:
-                state[key] = _zeros(optimizer, slot, key, tensor, _moment_dtype(slot, tensor, same_dtype), int_steps, key in local)
+                if is_scalar(key, tensor.shape, slot.piece):
+                    state[key] = _zero_scalar(optimizer, slot, key, tensor, int_steps)
+                else:
+                    dtype = _moment_dtype(slot, tensor, same_dtype)
+                    state[key] = _zeros(slot, tensor, dtype, local=key in local, elementwise=is_elementwise(slot, tensor, shapes))
 
 
-def _zeros(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor, dtype: torch.dtype, int_steps: bool, local: bool) -> Any:
-    if is_scalar(key, tensor.shape, slot.piece):
-        if key == "step" and int_steps:
-            return 0
-        group = optimizer.param_groups[slot.group]
-        on_device = group.get("capturable") or group.get("fused")  # where torch's Adam keeps its step then
-        return torch.zeros((), dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
+def _zero_scalar(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor: LogicalTensor, int_steps: bool) -> Any:
+    if key == "step" and int_steps:
+        return 0
+    group = optimizer.param_groups[slot.group]
+    on_device = group.get("capturable") or group.get("fused")  # where torch's Adam keeps its step then
+    return torch.zeros((), dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
+
+
+def _zeros(slot: Slot, tensor: LogicalTensor, dtype: torch.dtype, *, local: bool, elementwise: bool) -> torch.Tensor:
     if local and isinstance(slot.holder, DTensor):
         return torch.zeros_like(local_of(slot.holder), dtype=dtype)
-    if slot.cut is not None or tensor.shape == slot.piece.shape:
+    if elementwise:
         return torch.zeros_like(slot.holder.detach(), dtype=dtype)
     if isinstance(slot.holder, DTensor):
         layout = tensor.parts[0].layout

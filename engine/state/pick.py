@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from engine.errors import UsageError
+from engine.state.objects import PerRank
 from engine.state.plain import PlainAdapter
 from engine.state.source import Adapter
 from engine.state.zero import ZeroAdapter
@@ -13,7 +14,8 @@ from engine.state.zero import ZeroAdapter
 def is_plain_state(member: Any) -> bool:
     """A sampler, say: an object with state of plain values that is no model."""
     model = isinstance(member, (tuple, nn.Module)) or hasattr(member, "zero_optimization_stage")
-    return not model and not isinstance(member, type) and hasattr(member, "state_dict") and hasattr(member, "load_state_dict")
+    stateful = hasattr(member, "state_dict") and hasattr(member, "load_state_dict") and not isinstance(member, type)
+    return isinstance(member, PerRank) or (stateful and not model)
 
 
 def adapter_for(name: str, member: Any) -> Adapter:

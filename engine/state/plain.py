@@ -1,5 +1,6 @@
 """Adapter for a module and a torch optimizer: one process, DDP, FSDP2 (any DTensor placement of Shard and Replicate)."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from engine.errors import UsageError
-from engine.format.layout import REPLICATED, Grid, Mesh
+from engine.format.layout import REPLICATED, Grid, Mesh, mesh_of
 from engine.state.names import Names, unwrap
 from engine.state.source import Piece, Slot
 
@@ -17,21 +18,32 @@ from engine.state.source import Piece, Slot
 def layout_of(tensor: torch.Tensor) -> Grid:
     """The layout rule of a DTensor, or of a plain tensor that every rank holds whole.
 
-    Raises :class:`UsageError` for placements that are not a cut into contiguous pieces (Partial, strided shards).
+    Raises :class:`UsageError` for placements that are not a cut into contiguous pieces (Partial).
     """
     if not isinstance(tensor, DTensor):
         return replicated()
-    mesh = tensor.device_mesh
-    dims = []
+    mesh = tensor.device_mesh.mesh
+    dims, factors = [], []
     for placement in tensor.placements:
-        if isinstance(placement, Replicate):
-            dims.append(REPLICATED)
-        elif type(placement) is Shard:
-            dims.append(placement.dim % max(tensor.ndim, 1))
-        else:
+        kind = type(placement).__name__
+        if not (isinstance(placement, Replicate | Shard) or kind == "_StridedShard"):
             raise UsageError(f"a DTensor placed as {tensor.placements} cannot be saved; Shard and Replicate are known")
-    ranks = tuple(mesh.mesh.flatten().tolist())
-    return Grid(Mesh(tuple(mesh.mesh.shape), () if ranks == tuple(range(world_size())) else ranks), tuple(dims))
+        dims.append(REPLICATED if isinstance(placement, Replicate) else placement.dim % max(tensor.ndim, 1))  # type: ignore[union-attr]
+        factors.append(getattr(placement, "split_factor", 1))
+    order = _cutting_order(dims, factors, tuple(mesh.shape), tensor.placements)
+    mesh = mesh.permute(order)
+    return Grid(mesh_of(tuple(mesh.shape), tuple(mesh.flatten().tolist())), tuple(dims[i] for i in order))
+
+
+def _cutting_order(dims: list[int], factors: list[int], shape: tuple[int, ...], placements: Any) -> list[int]:
+    """Mesh dimensions in the order they cut. A strided shard (FSDP2 over tensor parallelism on one dimension) cuts last: its
+    ``split_factor`` says into how many pieces those of later mesh dimensions have cut before it."""
+    order = sorted(range(len(dims)), key=lambda i: factors[i] > 1)
+    for i in (i for i in order if factors[i] > 1):
+        before = math.prod(shape[j] for j in range(len(dims)) if dims[j] == dims[i] and j > i)
+        if before != factors[i]:
+            raise UsageError(f"a DTensor placed as {placements} on a mesh of shape {shape} cannot be saved: its strided shard is not the last to cut")
+    return order
 
 
 def replicated() -> Grid:

@@ -94,5 +94,5 @@ def check_shard(shard: Shard, rank: int) -> None:
             raise LayoutError(
                 f"rank {rank}: {shard.name} is an expanded view, whose elements share memory and cannot be filled; make it .contiguous()"
             )
-        if local is not None and dtype_name(local.dtype) != shard.tensor.dtype:
+        if local is not None and dtype_name(local.dtype) != (part.narrow or shard.tensor.dtype):
             raise LayoutError(f"rank {rank}: {shard.name} is {local.dtype} here, {shard.tensor.dtype} by its description")

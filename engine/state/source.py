@@ -8,17 +8,25 @@ from torch import nn
 
 from engine.format.layout import Layout
 from engine.state.names import Names
+from engine.state.parts import Place
 
 
 class Piece(Struct, frozen=True, gc=False):
     """A parameter as the checkpoint sees it. ``local`` is this rank's live storage (the fp32 master where there is one): N-D for
-    a Grid layout, 1-D for Flat. ``low`` is the live low-precision copy of the same elements, where there is one."""
+    a Grid layout, 1-D for Flat. ``low`` is the live low-precision copy of the same elements, where there is one. ``place``, where the
+    parameter is a box of a larger tensor; ``name`` is that tensor's then, ``shape`` and ``layout`` are the parameter's own."""
 
     name: str
     shape: tuple[int, ...]
     layout: Layout
     local: torch.Tensor
     low: torch.Tensor | None = None
+    place: Place | None = None
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape of the logical tensor."""
+        return self.place.whole if self.place else self.shape
 
 
 class Slot(Struct, frozen=True, gc=False):
@@ -35,7 +43,8 @@ class Slot(Struct, frozen=True, gc=False):
 
 
 class Adapter(Protocol):
-    """Where one engine keeps its state. Adapters enumerate live storage on each call; they keep no copies."""
+    """Where one engine keeps its state. Adapters enumerate live storage on each call; they keep no copies. They name parameters as the
+    module does; ``names.placed`` makes boxes of larger tensors of those that are."""
 
     engine: str
     module: nn.Module

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from engine.errors import LayoutError, UsageError
-from engine.format.layout import Flat, Mesh
+from engine.format.layout import Flat, Mesh, mesh_of
 from engine.state.names import Names, unwrap
-from engine.state.plain import local_of, replicated, world_size
+from engine.state.plain import local_of, replicated
 from engine.state.source import Piece, Slot
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -113,7 +113,7 @@ def _frozen(name: str, parameter: Any) -> Piece:
 
 def _mesh(group: Any) -> Mesh:
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Mesh((len(ranks),), () if ranks == tuple(range(world_size())) else ranks)
+    return mesh_of((len(ranks),), ranks)
 
 
 class _Whole:

@@ -40,7 +40,7 @@ class Stager:
             while stop < len(image.entries) and image.entries[stop].offset + image.entries[stop].nbytes - begin <= WINDOW_BYTES:
                 stop += 1
             if stop == first:
-                for data in self._pieces(views[first]):
+                for data in self._pieces(views[first], torch_dtype(image.entries[first].dtype)):
                     yield Segment(first, first + 1, True, data)
                 first += 1
             else:
@@ -63,14 +63,15 @@ class Stager:
         end = image.entries[stop - 1].offset + image.entries[stop - 1].nbytes - base
         return bytes_of(window)[:end]
 
-    def _pieces(self, view: torch.Tensor) -> Iterator[memoryview]:
-        if view.device.type == "cpu" and view.is_contiguous():
+    def _pieces(self, view: torch.Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+        if view.device.type == "cpu" and view.is_contiguous() and view.dtype == dtype:
             data = bytes_of(view.reshape(-1).view(torch.uint8))
             yield from (data[i : i + WINDOW_BYTES] for i in range(0, len(data), WINDOW_BYTES))
             return
         window = self._own_window()
-        for piece, size_bytes in _flat_pieces(view):
-            window[:size_bytes].view(view.dtype).copy_(piece)
+        for piece in _flat_pieces(view, WINDOW_BYTES // dtype.itemsize):
+            size_bytes = piece.numel() * dtype.itemsize
+            window[:size_bytes].view(dtype).copy_(piece)
             yield bytes_of(window)[:size_bytes]
 
     def _own_window(self) -> torch.Tensor:
@@ -79,12 +80,10 @@ class Stager:
         return self._window
 
 
-def _flat_pieces(view: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
-    """A large tensor, in flat order, in pieces of at most a window, without a whole flat copy."""
-    count = WINDOW_BYTES // view.element_size()
+def _flat_pieces(view: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
+    """A large tensor, in flat order, in pieces of at most ``count`` elements, without a whole flat copy."""
     if view.is_contiguous():
-        for piece in view.view(-1).split(count):
-            yield piece, piece.numel() * view.element_size()
+        yield from view.view(-1).split(count)
         return
     for start in range(0, view.numel(), count):
         boxes = flat_to_boxes(tuple(view.shape), start, min(start + count, view.numel()))
@@ -94,8 +93,7 @@ def _flat_pieces(view: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
             for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
                 part = part.narrow(dim, offset, size)
             parts.append(part.reshape(-1))
-        piece = torch.cat(parts)
-        yield piece, piece.numel() * view.element_size()
+        yield torch.cat(parts)
 
 
 assert WINDOW_BYTES % BLOCK_BYTES == 0

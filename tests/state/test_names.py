@@ -1,5 +1,7 @@
 """FQNs are the same whatever wraps the module."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -103,3 +105,53 @@ def test_two_parameters_that_would_share_a_name_are_refused():
 def test_a_parameter_of_another_module_has_no_name():
     with pytest.raises(LayoutError, match=r"of shape \(7,\).*not in the module"):
         Names(Net()).of(nn.Parameter(torch.zeros(7)))
+
+
+class Rows(nn.Module):
+    row_parts: ClassVar = {"weight": ("frozen", "trainable")}
+
+    def __init__(self, base: int = 3, rows: int = 5, width: int = 2) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.zeros(base, width), requires_grad=False)
+        self.trainable = nn.Parameter(torch.zeros(rows - base, width))
+
+
+def test_declared_rows_are_boxes_of_one_weight():
+    names = Names(nn.ModuleDict({"embed": Rows(), "other": nn.Linear(2, 2)}))
+    assert set(names.parameters) == {"embed.frozen", "embed.trainable", "other.weight", "other.bias"}
+    assert names.places.keys() == {"embed.frozen", "embed.trainable"}
+    first, second = names.places["embed.frozen"], names.places["embed.trainable"]
+    assert (first.name, first.whole, first.offsets, first.sizes) == ("embed.weight", (5, 2), (0, 0), (3, 2))
+    assert (second.name, second.whole, second.offsets, second.sizes) == ("embed.weight", (5, 2), (3, 0), (2, 2))
+
+
+def test_rows_tied_to_another_modules_are_an_alias_of_the_whole():
+    tied = nn.ModuleDict({"embed": Rows(), "head": Rows()})
+    tied["head"].frozen, tied["head"].trainable = tied["embed"].frozen, tied["embed"].trainable
+    names = Names(tied)
+    assert names.aliases == {"head.weight": "embed.weight"}
+    assert {place.name for place in names.places.values()} == {"embed.weight"}
+
+
+def test_rows_under_wrappers_keep_their_names():
+    wrapped = checkpoint_wrapper(Rows())
+    assert {place.name for place in Names(nn.Sequential(wrapped)).places.values()} == {"0.weight"}
+
+
+def test_declarations_that_do_not_hold_are_refused():
+    missing = Rows()
+    missing.row_parts = {"weight": ("frozen", "thawed")}  # type: ignore[misc]
+    with pytest.raises(LayoutError, match="declares thawed as rows of weight"):
+        Names(missing)
+    uneven = Rows()
+    uneven.trainable = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(LayoutError, match="cannot be rows of one tensor"):
+        Names(uneven)
+    taken = Rows()
+    taken.weight = nn.Parameter(torch.zeros(1))
+    with pytest.raises(LayoutError, match="weight is declared to consist of other parameters"):
+        Names(taken)
+    half = nn.ModuleDict({"embed": Rows(), "head": Rows()})
+    half["head"].trainable = half["embed"].frozen
+    with pytest.raises(LayoutError, match=r"head\.trainable is tied to embed\.frozen"):
+        Names(half)

@@ -1,0 +1,187 @@
+"""One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then fill; then restore the rest."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from engine import dcp
+from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError
+from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
+from engine.format.record import decode_record
+from engine.plan.match import Allow, Match, match, match_names
+from engine.plan.reads import RUN_BYTES
+from engine.state.boxes import intersect, part_box
+from engine.state.member import Targets
+from engine.state.members import Members
+from engine.state.objects import references
+from engine.state.progress import Progress
+from engine.state.shard import Shard, torch_dtype
+from engine.transfer.stored import StoredCheckpoint
+
+logger = logging.getLogger("engine")
+
+
+class Loading:
+    """Raises :class:`CheckpointCorrupt` for a record that is not one of ours."""
+
+    def __init__(self, members: Members, stored: StoredCheckpoint, allow: Allow, override: Sequence[str], rank: int, world_size: int) -> None:
+        self.stored, self.stored_names = stored, dict[str, str]()
+        self._members, self._allow, self._override = members, allow, override
+        self._rank, self._world_size, self._saved_on = rank, world_size, stored.manifest.summary.world_size
+        record = decode_record(stored.manifest.record)
+        try:
+            self.progress = msgspec.convert(record["progress"], Progress)
+            self._models: dict[str, Any] = record["models"]
+            self._objects: dict[str, Any] = record["objects"]
+            self._per_rank: list[str] = record["per_rank"]
+            self.config: dict[str, Any] = record["config"]
+        except (msgspec.ValidationError, KeyError, TypeError) as e:
+            raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
+        self._own: dict[str, Any] | None = None
+        self._targets = Targets([], [])
+        self._matched = Match()
+        self._object_tensors: dict[str, dict[str, tuple[torch.Tensor, Shard]]] = {}
+        self._news: list[str] = []
+        self._told: list[str] = []
+
+    def compare(self) -> None:
+        """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
+        stored, models = self.stored, self._members.models
+        self._targets = targets = self._members.targets(stored.tensors, stored.manifest.aliases, self._models)
+        self.stored_names = targets.stored_names
+        found = self._compare_objects()
+        live = [shard.tensor for shard in targets.tensors] + targets.states + found
+        read_apart = [self.stored_names.get(shard.name, shard.name) for shard in targets.scalars]
+        gone = [name for left_out in self._objects.keys() - self._object_tensors.keys() for name in references(self._objects[left_out])]
+        self._matched = match(live, stored.tensors, self.stored_names, self._allow, [*read_apart, *gone])
+        self._read([dcp.Pairing(shard, stored.tensors[self.stored_names.get(shard.name, shard.name)]) for shard in targets.scalars])
+        for member in models.values():
+            self._told += member.check_load(self._override)
+
+    def _compare_objects(self) -> list[LogicalTensor]:
+        """Which objects are restored from what, and the tensors they have made for it."""
+        members, allow = self._members.objects, self._allow
+        match_names(members, [*self._objects, *self._per_rank], allow)
+        if self._per_rank and self._world_size != self._saved_on:
+            lost = [name for name in self._per_rank if name in members]
+            try:
+                match_names(lost, [], allow)
+            except IncompatibleCheckpoint:
+                raise IncompatibleCheckpoint(
+                    f"the members {lost} have a state of each rank's own, saved on {self._saved_on} ranks; here are {self._world_size}. "
+                    "Resume on as many, or let them start anew with allow_missing"
+                ) from None
+        elif self._per_rank:
+            self._objects = {**self._objects, **self._own_record()["objects"]}
+        for name, member in members.items():
+            if name in self._objects:
+                member.check(self._objects[name])
+                self._object_tensors[name] = member.targets(self._objects[name], self.stored.tensors)
+        return [shard.tensor for tensors in self._object_tensors.values() for _, shard in tensors.values()]
+
+    def _own_record(self) -> dict[str, Any]:
+        """What the rank of the same number (rank 0 where the world size differs) had for itself: random state, per-rank members."""
+        if self._own is None:
+            writer = self._rank if self._world_size == self._saved_on else 0
+            self._own = decode_record(self.stored.index(writer).record())
+            if not isinstance(self._own, dict) or not isinstance(self._own.get("objects"), dict):
+                raise CheckpointCorrupt(f"{self.stored.where}: the record of rank {writer} is not as this version writes it")
+        return self._own
+
+    def fill(self) -> int:
+        """Give the optimizers the states that the checkpoint has, then fill everything in place; returns the bytes read."""
+        shards = list(self._targets.tensors)
+        for member in self._members.models.values():
+            shards += member.prepare()
+        shards += [shard for tensors in self._object_tensors.values() for _, shard in tensors.values()]
+        pairs = self._matched.pairs
+        unread = pairs.keys() - {shard.name for shard in shards}
+        if unread:
+            raise LayoutError(
+                f"{len(unread)} stored tensors have no live counterpart to fill, such as {min(unread)}: the optimizer keeps other states than before"
+            )
+        pairings = [self._pairing(shard, pairs[shard.name]) for shard in shards if shard.name in pairs]
+        bytes_read = self._read(pairings)
+        for pairing in pairings:
+            if self._matched.extended.get(pairing.shard.name) == "mean":
+                self._fill_with_mean(pairing)
+            self._note_absent(pairing)
+        return bytes_read
+
+    def _pairing(self, shard: Shard, stored: LogicalTensor) -> dcp.Pairing:
+        kept = self._matched.extended.get(shard.name) in ("keep", "mean")
+        return dcp.Pairing(shard, stored, self.stored.tensors[stored.name].shape[0] if kept else None)
+
+    def _read(self, pairings: Sequence[dcp.Pairing]) -> int:
+        return dcp.load(pairings, self.stored, self._rank) if pairings else 0
+
+    @torch.no_grad()
+    def _fill_with_mean(self, pairing: dcp.Pairing) -> None:
+        """Rows beyond the stored ones become the mean of those. Every rank computes it alike, from the files."""
+        stored, rows = self.stored.tensors[pairing.stored.name], pairing.kept_from
+        assert rows is not None
+        inner, alone = stored.shape[1:], Grid(Mesh((1,)), (REPLICATED,))
+        total = torch.zeros(inner, dtype=torch.float64)
+        count = max(1, RUN_BYTES * rows // max(stored.size_bytes, 1))
+        for first in range(0, rows, count):
+            window = torch.zeros((min(count, rows - first), *inner), dtype=torch_dtype(stored.dtype))
+            part = Part(alone, (first, *(0 for _ in inner)), tuple(window.shape))
+            dcp.load([dcp.Pairing(Shard(LogicalTensor(stored.name, stored.dtype, stored.shape, (part,)), (window,)), stored)], self.stored, 0)
+            total += window.double().sum(0)
+        mean = total / max(rows, 1)
+        for box, view in pairing.shard.held(self._rank):
+            new = box.offsets[0] + box.sizes[0] - max(rows, box.offsets[0])
+            if new > 0:
+                place = tuple(slice(o, o + n) for o, n in zip(box.offsets[1:], box.sizes[1:], strict=True))
+                view.narrow(0, box.sizes[0] - new, new).copy_(mean[place].expand(new, *box.sizes[1:]))
+
+    def _note_absent(self, pairing: dcp.Pairing) -> None:
+        """Moments of frozen rows: what is dropped because the rows are frozen here, or filled because they were there."""
+        live, stored = pairing.shard.tensor, self.stored.tensors[pairing.stored.name]
+        for tensor, other, told in ((live, stored, "left out: these rows are frozen here"), (stored, live, "zero: these rows were frozen there")):
+            for part in tensor.parts:
+                if isinstance(part.layout, Absent) and any(
+                    intersect(part_box(tensor, part), part_box(other, counterpart)) is not None
+                    for counterpart in other.parts
+                    if not isinstance(counterpart.layout, Absent)
+                ):
+                    first = part.offsets[0] if part.offsets else 0
+                    self._news.append(f"{live.name}: rows {first} to {first + part_box(tensor, part).sizes[0]} {told}")
+
+    def restore(self) -> None:
+        """Everything that is not a tensor; ``publish`` follows on all ranks."""
+        for member in self._members.models.values():
+            member.restore(self.progress.step, self.progress.samples)
+        for name, tensors in self._object_tensors.items():
+            member = self._members.objects[name]
+            member.restore(self._objects[name], tensors)
+            if hasattr(member.target, "seek"):
+                member.target.seek(self.progress.samples)
+
+    def random_state(self) -> tuple[dict[str, Any], bool]:
+        """What was saved of the random state, and whether it is this rank's own."""
+        return self._own_record()["rng"], self._world_size == self._saved_on
+
+    def tell(self, config: dict[str, Any], bytes_read: int, seconds: float) -> None:
+        """For rank 0's log: what was loaded, and everything that is not as it was."""
+        s, matched = self.stored.manifest.summary, self._matched
+        logger.info(
+            "resumed %s (%s on %d ranks): %.1f MB read and verified in %.2f s", self.stored.where, s.engine, s.world_size, bytes_read / 1e6, seconds
+        )
+        for name in sorted(config.keys() | self.config.keys()):
+            if name not in config or name not in self.config or config[name] != self.config[name]:
+                was, now = (repr(c[name]) if name in c else "not set" for c in (self.config, config))
+                logger.info("config: %s is %s, was %s", name, now, was)
+        for line in self._told:
+            logger.warning("%s", line)
+        for name, how in matched.extended.items():
+            rows = self.stored.tensors[self.stored_names.get(name, name)].shape[0]
+            logger.warning("%s: rows from %d on are new (%s)", name, rows, how)
+        for line in self._news:
+            logger.info("%s", line)
+        for what, names in (("kept as they were", matched.missing), ("left out", matched.unexpected), ("converted", matched.cast)):
+            if names:
+                logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")

@@ -1,0 +1,109 @@
+"""Ranks that hold the same tensor are seen to hold the same bytes: a drift (gradients that were never reduced, a bad device) is named.
+
+Each rank digests what it shares with others, one digest for each group of holders; where two differ, a second look names the tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import xxhash
+
+from engine.errors import PeerError
+from engine.format.layout import ANY, REPLICATED, Grid, LogicalTensor
+from engine.state.boxes import unravel
+from engine.state.shard import Shard, bytes_of
+
+Replicas = Literal["all", "sample", "off"]
+SAMPLE_BYTES = 64 * 1024 * 1024
+"""What a rank digests of its replicated tensors at one save, with ``sample``; each save goes on where the last one ended."""
+
+
+def shares(tensors: Sequence[LogicalTensor]) -> list[int]:
+    """The places of the tensors that several ranks hold. Those whose writer is fixed (buffers, one rank's by declaration) may differ."""
+    return [i for i, tensor in enumerate(tensors) if any(_is_shared(part.layout) for part in tensor.parts)]
+
+
+def _is_shared(layout: object) -> bool:
+    if not isinstance(layout, Grid) or layout.writer != ANY:
+        return False
+    return any(dim == REPLICATED and extent > 1 for dim, extent in zip(layout.dims, layout.mesh.shape, strict=True))
+
+
+def sample(shards: Sequence[Shard], places: Sequence[int], turn: int) -> list[int]:
+    """Those of ``places`` whose turn it is: about :data:`SAMPLE_BYTES` a save. By global sizes, so that all ranks choose alike."""
+    if not places:
+        return []
+    sizes = [shards[i].tensor.size_bytes for i in places]
+    turns: list[list[int]] = [[]]
+    total = 0
+    for place, size_bytes in zip(places, sizes, strict=True):
+        if total and total + size_bytes > SAMPLE_BYTES:
+            turns.append([])
+            total = 0
+        turns[-1].append(place)
+        total += size_bytes
+    return turns[turn % len(turns)]
+
+
+def digests(shards: Sequence[Shard], places: Sequence[int], rank: int) -> dict[str, bytes]:
+    """By group of holders: the digest of all that this rank shares with it."""
+    sums: dict[str, xxhash.xxh3_128] = {}
+    for group, _, data in _shared(shards, places, rank):
+        sums.setdefault(group, xxhash.xxh3_128()).update(data)
+    return {group: found.digest() for group, found in sums.items()}
+
+
+def drifted(reports: Sequence[dict[str, bytes]]) -> list[str]:
+    """The groups whose holders' digests differ."""
+    first: dict[str, bytes] = {}
+    return sorted({group for report in reports for group, found in report.items() if first.setdefault(group, found) != found})
+
+
+def details(shards: Sequence[Shard], places: Sequence[int], rank: int, groups: Sequence[str]) -> dict[str, list[tuple[str, bytes]]]:
+    """Tensor by tensor, of the groups in question."""
+    found: dict[str, list[tuple[str, bytes]]] = {}
+    for group, name, data in _shared(shards, places, rank):
+        if group in groups:
+            found.setdefault(group, []).append((name, xxhash.xxh3_128_digest(data)))
+    return found
+
+
+def name_the_drift(reports: Sequence[dict[str, list[list[object]]]]) -> None:
+    """Raises :class:`PeerError` with tensors and ranks. ``reports``: every rank's :func:`details`."""
+    odd: dict[str, list[int]] = {}
+    first: dict[str, tuple[int, dict[object, object]]] = {}
+    for rank, report in enumerate(reports):
+        for group, entries in report.items():
+            reference, values = first.setdefault(group, (rank, {name: value for name, value in entries}))
+            for name, value in entries:
+                if values.get(name) != value:
+                    odd.setdefault(f"{name} (as rank {reference} has it)", []).append(rank)
+    listed = [f"{name}: another value on ranks {ranks[:16]}" for name, ranks in odd.items()]
+    more = f"\n    … and {len(listed) - 8} more tensors" if len(listed) > 8 else ""
+    raise PeerError(
+        f"replicas have drifted apart: {len(odd)} tensors that ranks should hold alike differ:\n    " + "\n    ".join(listed[:8]) + more + "\n"
+        "  Usual causes: gradients are not reduced (the loss is computed past the DDP wrapper), ranks started from other weights, or faulty "
+        "memory. Nothing was saved; replicas='off' saves one rank's values"
+    )
+
+
+def _shared(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Iterator[tuple[str, str, memoryview]]:
+    """(group, tensor, bytes) of what this rank shares. A group: the ranks of one mesh that hold the same piece."""
+    for i in places:
+        shard = shards[i]
+        for part, local in zip(shard.tensor.parts, shard.locals, strict=True):
+            layout = part.layout
+            if local is None or not _is_shared(layout):
+                continue
+            assert isinstance(layout, Grid)
+            position = layout.mesh.position_of(rank)
+            if position is None:
+                continue
+            index = unravel(position, layout.mesh.shape)
+            cell = [at if dim != REPLICATED else -1 for at, dim in zip(index, layout.dims, strict=True)]
+            yield f"{layout.mesh}{layout.dims}{cell}", shard.name, _bytes(local)
+
+
+def _bytes(local: torch.Tensor) -> memoryview:
+    return bytes_of(local.detach().cpu().contiguous().view(-1).view(torch.uint8)) if local.numel() else memoryview(b"")
