@@ -112,6 +112,7 @@ class Member:
             record["optimizer_class"] = type(a.optimizer).__name__
             record["int_steps"] = optim.has_int_steps(a.optimizer)
             record["local_states"] = optim.local_states(a.optimizer)
+            record["flat"] = optim.is_flat(slots)
             record["groups"] = optim.hyper_parameters(a.optimizer, slots)
             record["scalars"] = optim.python_scalars(a.optimizer, slots)
             record["stateless"] = list(dict.fromkeys(s.piece.name for s in slots if not a.optimizer.state.get(s.holder)))
@@ -180,6 +181,7 @@ class Member:
             slots = self._slots()
             load.values = self._scalar_values(slots)
             optim.check_holders(slots, load.values, load.states, load.kept)
+            load.unseen = optim.check_kinds(a.optimizer, slots, load.states, load.kept, load.record)
             chosen = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
             load.hyper_parameters, told = optim.settle_hyper_parameters(a.optimizer, chosen, override)
         if a.scheduler is not None and load.record.get("scheduler") is not None:
@@ -217,6 +219,8 @@ class Member:
         if a.optimizer is not None:
             optim.apply_scalars(a.optimizer, self._slots(), load.values)
             optim.apply_hyper_parameters(a.optimizer, load.hyper_parameters)
+            if load.unseen:
+                optim.watch_first_step(a.optimizer)
         if a.scheduler is not None and load.record.get("scheduler") is not None:
             restore_position(a.scheduler, load.record["scheduler"])
         a.set_counters({"global_steps": step, "global_samples": samples, **load.record.get("counters", {})})
@@ -236,6 +240,7 @@ class _MemberLoad:
     kept: set[str] = field(default_factory=set)
     same_dtype: set[str] = field(default_factory=set)
     shapes: optim.Shapes = field(default_factory=dict)
+    unseen: bool = False
 
 
 def _has_dtype(stored: LogicalTensor | None, piece: Piece) -> bool:

@@ -32,6 +32,8 @@ Shapes = dict[str, tuple[int, ...]]
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 # What is told where it differs from the checkpoint's; other values (schedule-free's k, weight_sum) are state that changes each step.
 _TOLD = {"lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
+# Optimizers of known classes that keep other states for matrices than for vectors, such as a flat buffer.
+_BY_SHAPE = {"Adafactor"}
 _ADAM = {"Adam", "FusedAdam", "DeepSpeedCPUAdam", "AdamW", "CPUAdam"}
 
 
@@ -254,6 +256,53 @@ def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States, kept:
             )
 
 
+def is_flat(slots: Iterable[Slot]) -> bool:
+    """Whether the optimizer sees flat buffers, not parameters."""
+    return any(slot.cut is not None for slot in slots)
+
+
+def check_kinds(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored: States, kept: set[str], record: dict[str, Any]) -> bool:
+    """Raises :class:`IncompatibleCheckpoint` where the optimizer is seen to keep other tensors than the checkpoint has: factored
+    states, say, of parameters that lay in a flat buffer when they were saved. Returns whether nothing shows it before a step."""
+    slots, unseen = list(slots), False
+    flat = is_flat(slots)
+    crossed = record.get("flat", False) != flat
+    if crossed and type(optimizer).__name__ in _BY_SHAPE:
+        raise IncompatibleCheckpoint(
+            f"{type(optimizer).__name__} keeps other states in ZeRO's flat buffers than for parameters of their own shape. "
+            "Resume under an engine of the kind that saved"
+        )
+    for slot in slots:
+        name, state = slot.piece.name, optimizer.state.get(slot.holder, {})
+        wanted = {key for key, tensor in stored.get(name, {}).items() if not is_scalar(key, tensor.shape, slot.piece)}
+        live = {key for key, value in state.items() if isinstance(value, torch.Tensor) and not is_scalar(key, tuple(value.shape), slot.piece)}
+        unseen = unseen or bool(crossed and not flat and wanted and not live)
+        if name not in kept and live - wanted and wanted - live:
+            raise IncompatibleCheckpoint(
+                f"{type(optimizer).__name__} keeps {sorted(live)} for {name} here, but the checkpoint has {sorted(wanted)}: "
+                "its states depend on how parameters are laid out. Resume under an engine of the kind that saved"
+            )
+    return unseen
+
+
+def watch_first_step(optimizer: torch.optim.Optimizer) -> None:
+    """The next step must find all states that it keeps; what it would make anew was not restored. It raises
+    :class:`IncompatibleCheckpoint` then."""
+    restored = {holder: set(state) for holder, state in optimizer.state.items()}
+
+    def check(*_: Any) -> None:
+        handle.remove()
+        for holder, keys in restored.items():
+            new = sorted(key for key, value in optimizer.state[holder].items() if key not in keys and isinstance(value, torch.Tensor) and value.ndim)
+            if new:
+                raise IncompatibleCheckpoint(
+                    f"{type(optimizer).__name__} has made {new} anew for a parameter of shape {tuple(holder.shape)}, of which the checkpoint had "
+                    f"{sorted(keys)}: its states depend on how parameters are laid out. Resume under an engine of the kind that saved"
+                )
+
+    handle = optimizer.register_step_post_hook(check)
+
+
 def _told(kind: Any) -> str:
     kept, states, scalars = kind
     if kept:
@@ -274,6 +323,11 @@ def describe(
             live = state.get(key)
             alike = is_elementwise(slot, tensor, shapes)
             shape = piece.whole if alike else tuple(live.shape) if isinstance(live, torch.Tensor) else tensor.shape
+            if slot.cut is not None and tensor.shape != shapes.get(piece.name, piece.whole):
+                raise IncompatibleCheckpoint(
+                    f"{tensor.name} has shape {list(tensor.shape)}, its parameter {list(shapes.get(piece.name, piece.whole))}: a flat buffer of ZeRO "
+                    "cannot hold states that are not one value an element. Resume under DDP, FSDP2 or ZeRO stage 0"
+                )
             if not alike and any(isinstance(part.layout, Absent) for part in tensor.parts):  # would be allocated at a size nothing backs
                 raise IncompatibleCheckpoint(f"{tensor.name} of shape {list(tensor.shape)} is declared absent in part, and unlike its parameter")
             dtype = live.dtype if isinstance(live, torch.Tensor) else _moment_dtype(slot, tensor, same_dtype)

@@ -1,11 +1,13 @@
 """Adapter for a module and a torch optimizer: one process, DDP, FSDP2 (any DTensor placement of Shard and Replicate)."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -22,8 +24,9 @@ def layout_of(tensor: torch.Tensor) -> Grid:
     """
     if not isinstance(tensor, DTensor):
         return replicated()
-    mesh = tensor.device_mesh.mesh
-    dims, factors = [], []
+    mesh = _with_parallel_slices(tensor.device_mesh)
+    extra = mesh.ndim - tensor.device_mesh.ndim
+    dims, factors = [REPLICATED] * extra, [1] * extra
     for placement in tensor.placements:
         kind = type(placement).__name__
         if not (isinstance(placement, Replicate | Shard) or kind == "_StridedShard"):
@@ -33,6 +36,26 @@ def layout_of(tensor: torch.Tensor) -> Grid:
     order = _cutting_order(dims, factors, tuple(mesh.shape), tensor.placements)
     mesh = mesh.permute(order)
     return Grid(mesh_of(tuple(mesh.shape), tuple(mesh.flatten().tolist())), tuple(dims[i] for i in order))
+
+
+@lru_cache(maxsize=64)
+def _with_parallel_slices(mesh: DeviceMesh) -> torch.Tensor:
+    """The ranks of a mesh; where it is a slice of a larger one, those of all its parallel slices, along a first dimension. FSDP2 over
+    tensor parallelism cuts what is not parallel on each rank's own slice: all ranks must describe that alike.
+
+    Raises :class:`UsageError` for a mesh whose slices do not tile the larger one.
+    """
+    ranks = mesh._get_root_mesh().mesh.flatten().tolist()
+    own = [ranks.index(rank) for rank in mesh.mesh.flatten().tolist()]
+    free, slices = set(range(len(ranks))), []
+    while free:
+        first = min(free)
+        positions = [first + position - own[0] for position in own]
+        if not free.issuperset(positions):
+            raise UsageError(f"a DTensor on {mesh} cannot be saved: its ranks are no regular slice of those of the mesh it was made from")
+        free.difference_update(positions)
+        slices.append(torch.tensor([ranks[position] for position in positions]).view(mesh.mesh.shape))
+    return slices[0] if len(slices) == 1 else torch.stack(slices)
 
 
 def _cutting_order(dims: list[int], factors: list[int], shape: tuple[int, ...], placements: Any) -> list[int]:

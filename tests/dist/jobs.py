@@ -128,7 +128,7 @@ def hyper_parameters_after_resume(engine: str, run: str) -> dict[str, list[float
     with trained(engine, 1) as made:
         checkpointer = Checkpointer(run, made.member)
         checkpointer.resume("latest")
-        optimizer = next(iter(checkpointer._models.values())).adapter.optimizer
+        optimizer = next(iter(checkpointer._members.models.values())).adapter.optimizer
         assert optimizer is not None
         return {key: [group[key] for group in optimizer.param_groups] for key in ("lr", "weight_decay", "betas")}
 
@@ -175,14 +175,32 @@ def stored_names(engine: str, run: str, unused: bool = False) -> list[str]:
         return [tensor.name for tensor in checkpointer._plan.assigned]
 
 
+def marks(engine: str) -> set[str]:
+    """What shows that a variant of the zoo is what it is called: how DTensors are placed, classes of modules, and more."""
+    torch._dynamo.utils.counters.clear()
+    with trained(engine, steps=2) as made:
+        parameters: list[Any] = list(made.module.parameters())
+        found = {" ".join(type(placement).__name__ for placement in p.placements) for p in parameters if hasattr(p, "placements")}
+        found |= {type(module).__name__ for module in made.module.modules()}
+        if any(getattr(p, "ds_secondary_tensor", None) is not None for p in parameters):
+            found.add("second copies")
+        if hasattr(made.member, "zero_offload_optimizer") and made.member.zero_offload_optimizer():
+            found.add("offloaded")
+    if torch._dynamo.utils.counters["frames"]["ok"]:
+        found.add("compiled")
+    return found
+
+
 # ---------------------------------------------------------------- random state
 
 
 def save_and_draw(run: str) -> tuple[float, float, float]:
+    torch.manual_seed(1)
+    model = nn.Linear(3, 3)
     torch.manual_seed(100 + dist.get_rank())
     random.seed(dist.get_rank())
     np.random.seed(dist.get_rank())
-    Checkpointer(run, nn.Linear(3, 3)).save(Progress(step=1))
+    Checkpointer(run, model).save(Progress(step=1))
     return torch.rand(()).item(), random.random(), float(np.random.rand())
 
 
@@ -270,7 +288,7 @@ def resume_while_gathered(run: str) -> dict[str, Any]:
         with torch.no_grad():
             resumed = made.module(ids).item()
         attached = Checkpointer(run, made.member)  # attaching in that state finds the sharded parameters too
-        return {"saved": saved, "moved": moved, "resumed": resumed, "engine": attached._models[""].adapter.engine}
+        return {"saved": saved, "moved": moved, "resumed": resumed, "engine": attached._members.models[""].adapter.engine}
 
 
 def records_that_differ(run: str) -> dict[str, str]:
@@ -362,4 +380,8 @@ def local_state(run: str, own_step: bool) -> dict[str, Any]:
     if own_step:
         train(model, optimizer)
     Checkpointer(run, (model, optimizer)).resume("latest")
-    return {"reference": reference, "losses": [train(model, optimizer) for _ in range(2)], "step": type(optimizer.state[model.weight]["step"]).__name__}
+    return {
+        "reference": reference,
+        "losses": [train(model, optimizer) for _ in range(2)],
+        "step": type(optimizer.state[model.weight]["step"]).__name__,
+    }

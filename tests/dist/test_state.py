@@ -24,6 +24,24 @@ def test_a_resume_continues_bitwise(pools: Pools, tmp_path, engine, options):
         assert after == {"progress": (3, 36), "difference": 0.0, "losses": losses}
 
 
+@pytest.mark.parametrize(
+    ("engine", "world_size", "mark"),
+    [
+        ("zero1_offload", 2, "offloaded"),
+        ("zero3_offload", 2, "offloaded"),
+        ("zero3_hpz", 4, "second copies"),
+        ("hsdp", 4, "Replicate Shard"),
+        ("tp", 2, "Shard"),
+        ("fsdp2_tp", 4, "_StridedShard Shard"),
+        ("ddp_compiled", 2, "compiled"),
+        ("fsdp2_compiled", 2, "compiled"),
+        ("fsdp2_recomputed", 2, "FSDPCheckpointWrapper"),
+    ],
+)
+def test_a_variant_of_the_zoo_is_what_it_is_called(pools: Pools, engine, world_size, mark):
+    assert mark in pools[world_size].run(jobs.marks, engine)[0]
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "fsdp2", "ddp"])
 def test_a_save_before_the_first_step_clears_what_the_target_had(pools: Pools, tmp_path, engine):
     reference = pools[2].run(jobs.save_then_continue, "ddp", str(tmp_path), 0, {})
