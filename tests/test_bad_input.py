@@ -23,15 +23,17 @@ def step(tmp_path):
 
 
 def refused(run, model, kind, *told, what="latest", partly=False, **options):
-    """Resuming raises ``kind`` with all of ``told`` in its message; the live state is untouched unless ``partly``."""
+    """Resuming raises ``kind`` with all of ``told`` in its message; the live state is untouched unless ``partly``, and None is for
+    either, if the message says which."""
     checkpointer = Checkpointer(run, model)
     before = state(model)
     with pytest.raises(kind) as error:
         checkpointer.resume(what, **options)
     for text in told:
         assert text in str(error.value), f"{text!r} is not in: {error.value}"
-    assert (PARTLY in str(error.value)) == partly, str(error.value)
-    if not partly:
+    said = PARTLY in str(error.value)
+    assert partly is None or said == partly, str(error.value)
+    if not said:
         assert same(state(model), before), "live state has changed"
 
 
@@ -125,9 +127,10 @@ def test_a_flipped_byte_in_a_shards_header(step, position):
 
 @pytest.mark.parametrize("name", [INDEX, MANIFEST])
 def test_a_flipped_byte_in_an_index_or_a_manifest(step, name):
-    for position in (0, 30, (step / name).stat().st_size - 1):
+    for position in (0, 30, 600, (step / name).stat().st_size - 1):
         _flip(step / name, position)
-        refused(step.parent, make(1), CheckpointCorrupt, str(step / name))
+        late = None if position > 600 else False  # the end of an index is its rank's own record, restored last
+        refused(step.parent, make(1), CheckpointCorrupt, str(step / name), partly=late)
         _flip(step / name, position)
 
 
@@ -238,7 +241,7 @@ def test_state_that_no_record_holds(tmp_path):
         def load_state_dict(self, state):
             pass
 
-    with pytest.raises(UsageError, match=r"record\['others'\]\['odd'\]\['callback'\] is a builtin_function_or_method"):
+    with pytest.raises(UsageError, match=r"\['odd'\]\['callback'\] is a builtin_function_or_method"):
         Checkpointer(tmp_path, make(), odd=Odd()).save(Progress(step=1))
     assert os.listdir(tmp_path) == []
 

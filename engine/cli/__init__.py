@@ -1,47 +1,88 @@
-"""The ``engine`` command. It reads catalogues and manifests only, so it never imports torch."""
+"""The ``engine`` command: looks at checkpoints. It never imports torch; each command imports what it needs, so that listing is instant."""
 
 import argparse
+import os
 import sys
-import time
+from collections.abc import Callable, Sequence
 
-from engine.catalog import steps
-from engine.catalog.resolve import read_manifest
-from engine.errors import CheckpointNotFound, EngineError
-from engine.format.names import LATEST
-from engine.storage import LocalStorage
+from engine.errors import EngineError
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0, for ``diff`` also 1, 2 and more as in :mod:`engine.errors`."""
+    args = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names may be more than a terminal can show
+    run: Callable[[argparse.Namespace], int] = args.run_command
+    try:
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except EngineError as e:
+        from engine.cli.text import printable
+
+        print(f"engine {args.command}: {printable(str(e))}", file=sys.stderr)
+        return e.exit_code
+    except BrokenPipeError:  # `engine ls | head`; the interpreter would complain once more on closing stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from engine.cli.target import HELP
+
     parser = argparse.ArgumentParser(prog="engine", description="Look at lockstep checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    listing = commands.add_parser("ls", help="the committed steps of a run")
-    listing.add_argument("run", help="the run's folder")
-    args = parser.parse_args(arguments)
-    try:
-        _list(args.run)
-    except EngineError as e:
-        print(f"engine {args.command}: {e}", file=sys.stderr)
-        return e.exit_code
+
+    listing = commands.add_parser("ls", help="the committed steps of a run, or the runs below a folder")
+    listing.add_argument("path", help="a run's folder, or one that holds run_001, run_002, …")
+    listing.set_defaults(run_command=_ls)
+
+    show = commands.add_parser("show", help="what a step holds: progress, hyper-parameters, tensors, files")
+    show.add_argument("target", help=HELP)
+    show.add_argument("--tensors", metavar="PATTERN", default="*", help="only tensors whose name matches, such as '*.weight'")
+    show.add_argument("--json", action="store_true", help="for programs")
+    show.set_defaults(run_command=_show)
+
+    verify = commands.add_parser("verify", help="read every byte and check it; all problems are named")
+    verify.add_argument("target", help=HELP)
+    verify.add_argument("--all", action="store_true", help="every step of the run")
+    verify.set_defaults(run_command=_verify)
+
+    diff = commands.add_parser("diff", help="how two steps differ, however each is sharded; exits 0 if they are equal, else 1")
+    diff.add_argument("a", help=HELP)
+    diff.add_argument("b", help="as A")
+    diff.add_argument("--read", action="store_true", help="also read and verify what equal checksums say is equal")
+    diff.set_defaults(run_command=_diff)
+    return parser
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from engine.cli.ls import list_steps_or_runs
+
+    print("\n".join(list_steps_or_runs(args.path)))
     return 0
 
 
-def _list(run: str) -> None:
-    storage = LocalStorage(run)
-    found = steps(storage)
-    if not found:
-        raise CheckpointNotFound(f"there is no committed step in {storage.root}")
-    pointer = storage.read(LATEST, 4096).decode(errors="replace").strip() if storage.exists(LATEST) else ""
-    print(f"{'step':16}{'epoch':>6}{'ranks':>6}  {'engine':14}{'saved (UTC)':21}metrics")
-    for step in found:
-        try:
-            m = read_manifest(storage, step.name)
-        except EngineError as e:
-            print(f"{step.name:16}cannot be read: {e}")
-            continue
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(m.created))
-        metrics = " ".join(f"{name}={value:.4g}" for name, value in m.metrics.items())
-        mark = "  ← latest" if step.name == pointer else ""
-        print(f"{step.name:16}{m.epoch:>6}{m.world_size:>6}  {m.engine:14}{saved:21}{metrics}{mark}")
+def _show(args: argparse.Namespace) -> int:
+    from engine.cli.show import show
+
+    print(show(args.target, args.tensors, args.json))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from engine.cli.verify import verify_steps
+
+    return verify_steps(args.target, args.all)
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from engine.cli.diff import diff
+
+    return diff(args.a, args.b, args.read)
 
 
 if __name__ == "__main__":

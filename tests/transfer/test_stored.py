@@ -1,6 +1,7 @@
 """A committed step is hostile input: forged with right checksums, it is refused before anything is read, allocated or filled."""
 
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -114,7 +115,7 @@ MANIFESTS = {
     "negative part": (_set(_tensor, _PARTS, (_part(_WHOLE, (-1, 0), (3, 4)),)), "is outside its shape"),
     "stray offsets": (_set(_tensor, _PARTS, (_part(_WHOLE, (5,), ()),)), "offsets"),
     **{
-        f"fill {fill}": (_set(_tensor, _PARTS, (_part(("absent", fill)),)), f"to be filled with {fill}")
+        f"fill {fill}": (_set(_tensor, _PARTS, (_part(("absent", fill)),)), re.escape("to be filled with"))
         for fill in (float("nan"), float("inf"), 1e300)
     },
     "kept as a larger type": (_set(_tensor, _PARTS, (_part(_WHOLE, narrow="F64"),)), "kept as F64"),
