@@ -59,7 +59,7 @@ def launch(run: str, part: Part, epochs: int, *, resume: bool, kill_at: int | No
     for line in _lines(process):
         last = [*last[-30:], line]
         part.read(line)
-        if not line.startswith(("[20", "/")) and "warn" not in line.lower():
+        if not line.startswith(("[20", "/", "  ")) and "warn" not in line.lower():  # launchers' logs; warnings and the lines they quote
             print("  " + line, flush=True)
         if kill_at is not None and part.losses and part.losses[-1][1] >= kill_at:
             os.killpg(process.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
     deepspeed recipes/causvid.py                       # a CPU-sized run; also under torchrun, or plain python
     deepspeed recipes/causvid.py --resume latest       # go on where it stopped
+    bash recipes/resume_training_example.sh DIR        # the same for any run's folder
 
 Three networks: the teacher (real score, frozen) knows the data; the critic (fake score, LoRA on a frozen base) learns
 what the student makes; the student (generator) follows the difference of the two: distribution matching distillation,
@@ -10,10 +11,8 @@ arXiv 2412.07772. In a fresh run the teacher is first trained on the data itself
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,16 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # launchers start this file by its path
 
-from engine import Checkpointer, ElasticSampler, Progress, catalog  # noqa: E402
-from engine.catalog.resolve import read_manifest  # noqa: E402
-from engine.errors import EngineError  # noqa: E402
-from engine.format.record import decode_record  # noqa: E402
-from recipes.lib import ds_config, glyphs  # noqa: E402
-from recipes.lib.arguments import RecipeParser, UsageError, not_negative, positive, read_yaml, scientific  # noqa: E402
-from recipes.lib.captions import Captions, collate, embed, read_captions  # noqa: E402
+from engine import Checkpointer, ElasticSampler, Progress  # noqa: E402
+from engine.errors import EngineError, UsageError  # noqa: E402
+from recipes.lib import ds_config, glyphs, start  # noqa: E402
+from recipes.lib.arguments import RecipeParser, not_negative, positive, read_yaml, scientific  # noqa: E402
+from recipes.lib.captions import Captions, collate, embed, read_captions_alike  # noqa: E402
 from recipes.lib.flow import DENOISING_STEPS, FlowSchedule  # noqa: E402
 from recipes.lib.journal import Journal  # noqa: E402
 from recipes.lib.lora import add_lora, freeze_all_but_lora, merged_state_dict  # noqa: E402
 from recipes.lib.parallel import ENGINES, ZERO_STAGES, Trainable, checkpoint_member, trainable  # noqa: E402
+from recipes.lib.start import Start  # noqa: E402
 from recipes.lib.wan import PRESETS, KVCache, VideoDiT, WanConfig  # noqa: E402
 from recipes.lib.world import World, launched  # noqa: E402
 
@@ -47,6 +45,8 @@ TEACHER_LR = 2e-3
 TEACHER_BATCH = 16
 TEACHER_LOG = 100
 TEACHER_DROP_CAPTION = 0.1  # it must also predict without a caption: guidance needs both
+MONITOR = "critic_loss_mean"  # what makes a checkpoint the best: the smallest mean over the steps since the one before
+ARCHITECTURE = ("preset", "real_lora_rank", "fake_lora_rank")  # what a resumed run cannot change
 DATA_NAME_LENGTH = 15  # of the data file's name, in an experiment's name
 NOT_INHERITED = {  # by a resumed run: what belongs to one command, to the folder or to a rank
     *("config_path", "resume", "resume_from", "resume_epoch", "check_resume", "no_save"),
@@ -188,7 +188,8 @@ def put_under_engine(network: VideoDiT, args: argparse.Namespace, world: World) 
             "gradient_clipping": MAX_NORM,
             "zero_optimization.stage": ZERO_STAGES[args.engine],
         }
-        settings = ds_config.load(path, given, defaults={"bf16.enabled": world.device.type == "cuda"})
+        defaults = {"bf16.enabled": world.device.type == "cuda"}
+        settings = world.ranks.first("read the DeepSpeed configuration", lambda: ds_config.load(path, given, defaults))
     return trainable(
         network,
         lambda parameters: torch.optim.AdamW(parameters, lr=args.lr, betas=BETAS),
@@ -203,50 +204,41 @@ def put_under_engine(network: VideoDiT, args: argparse.Namespace, world: World) 
 # The run.
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run writes, and the folder of the step that it resumes from, if it does."""
-
-    run_dir: Path
-    step: Path | None = None
-
-
-def train(args: argparse.Namespace, start: Start, world: World, journal: Journal) -> None:
+def train(args: argparse.Namespace, begin: Start, world: World, journal: Journal) -> None:
     config, flow = PRESETS[args.preset], FlowSchedule(device=world.device)
-    lines = read_captions(args.data_path)[: args.max_captions]
+    lines = read_captions_alike(args.data_path, world.ranks)[: args.max_captions]
     captions = Captions(lines, config.text_tokens, config.text_dim, args.dataset_repeat)
     global_batch = args.batch_size * world.size
     # With whole epochs, so that a batch size or a number of ranks that changes on resume does not change their length.
     sampler = ElasticSampler(captions, global_batch_size=global_batch, seed=args.seed, drop_last=False)
 
-    networks = make_networks(args, config, world, journal, fresh=start.step is None)
+    networks = make_networks(args, config, world, journal, fresh=begin.step is None)
     generator, critic = (put_under_engine(networks[name], args, world) for name in ("generator", "critic"))
     teacher = networks["teacher"]
     torch.manual_seed(args.seed + 1 + world.rank)  # from here on each rank draws its own noise
 
     ckpt = Checkpointer(
-        start.run_dir,
+        begin.run_dir,
         generator=checkpoint_member(generator),
         critic=checkpoint_member(critic),
         teacher=teacher,
         data=sampler,
         config=settings(args),
+        keep_last=args.keep_last,
+        keep_best=args.keep_best,
+        monitor=MONITOR,
     )
-    progress = ckpt.resume(str(start.step)) if start.step else Progress()
-    if start.step and args.check_resume:
-        journal.line(f"largest difference of any restored tensor: {ckpt.max_difference()}")
-    for group in (*generator.optimizer.param_groups, *critic.optimizer.param_groups):
-        group["lr"] = args.lr  # the command line wins over the checkpoint's
-
-    journal.open(start.run_dir, step=progress.step, total_steps=args.num_epochs * -(-len(captions) // global_batch))
-    journal.line(f"{start.run_dir}: {progress.epoch} of {args.num_epochs} epochs done, {progress.step} steps")
-    if progress.epoch >= args.num_epochs:
-        journal.line("nothing is left to do; --num_epochs is the total, raise it to train on")
-    if world.rank == 0 and args.config_path:
-        shutil.copy(args.config_path, start.run_dir / "config.yaml")
+    progress = Progress()
+    if begin.step:
+        with start.telling_what_is_there(begin.step.parent, journal.line):
+            progress = ckpt.resume(str(begin.step), corrupt="error", override=("lr",))  # the command line's wins
+        if args.check_resume:
+            journal.line(f"largest difference of any restored tensor: {ckpt.max_difference()}")
+    world.ranks.first("open the run's folder", lambda: open_run(args, begin, progress, -(-len(captions) // global_batch), journal))
 
     no_text_BLE = captions.embed("").expand(args.batch_size, -1, -1).to(world.device)
     losses = {name: torch.tensor(progress.metrics.get(name, 0.0), dtype=torch.float64) for name in ("generator_loss", "critic_loss")}
+    critic_total, saved_at = torch.zeros((), dtype=torch.float64, device=world.device), progress.step
     # A loader without a generator of its own draws from the global one, at moments that a resume does not repeat.
     loader = DataLoader(captions, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
     while progress.epoch < args.num_epochs:
@@ -268,6 +260,7 @@ def train(args: argparse.Namespace, start: Start, world: World, journal: Journal
             critic.backward(loss)
             critic.step()
             losses["critic_loss"] = loss.detach()
+            critic_total += loss.detach()
 
             progress.advance(samples)
             progress.epoch = progress.samples // len(captions)
@@ -276,8 +269,19 @@ def train(args: argparse.Namespace, start: Start, world: World, journal: Journal
                 epoch = -(-progress.samples // len(captions))
                 journal.losses(epoch=epoch, step=progress.step, **world.mean(losses))
             if save_is_due(args, progress, ends_epoch=progress.samples % len(captions) == 0):
-                ckpt.save(progress, metrics=world.mean(losses))
+                ckpt.save(progress, metrics=world.mean({**losses, MONITOR: critic_total / (progress.step - saved_at)}))
+                critic_total, saved_at = torch.zeros_like(critic_total), progress.step
     ckpt.close()
+
+
+def open_run(args: argparse.Namespace, begin: Start, progress: Progress, epoch_steps: int, journal: Journal) -> None:
+    """On rank 0, once it is known where training goes on."""
+    if args.config_path:
+        start.keep_config(args.config_path, begin.run_dir, progress.step)
+    journal.open(begin.run_dir, step=progress.step, total_steps=args.num_epochs * epoch_steps)
+    journal.line(f"{progress.epoch} of {args.num_epochs} epochs done, {progress.step} steps; saving to {begin.run_dir}")
+    if progress.epoch >= args.num_epochs:
+        journal.line("nothing is left to do; --num_epochs is the total, raise it to train on")
 
 
 def save_is_due(args: argparse.Namespace, progress: Progress, *, ends_epoch: bool) -> bool:
@@ -289,9 +293,9 @@ def save_is_due(args: argparse.Namespace, progress: Progress, *, ends_epoch: boo
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What a resumed run takes over unless told otherwise, as plain values."""
+    """What a resumed run takes over unless told otherwise, as plain values; paths hold from any folder."""
     kept = {name: value for name, value in vars(args).items() if name not in NOT_INHERITED}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    return {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
 def experiment_name(args: argparse.Namespace) -> str:
@@ -343,58 +347,71 @@ def make_parser() -> RecipeParser:
     flag("--no_save", action="store_true", help="write no checkpoints")
     flag("--save_interval", type=positive, help="optimizer steps between checkpoints, besides those at an epoch's end")
     flag("--epoch_save_interval", type=positive, default=1, help="epochs between checkpoints")
-    flag("--resume", metavar="SPEC", help="latest, epoch:N, step:N or a path")
-    flag("--resume_from", type=Path, metavar="DIR", help="resume from this run folder, from its latest checkpoint")
-    flag("--resume_epoch", type=positive, metavar="N", help="resume from the end of this epoch")
+    flag("--keep_last", type=positive, metavar="N", help="delete checkpoints but for the newest N and the best; default: keep all")
+    flag("--keep_best", type=positive, metavar="N", help="with --keep_last, keep the best N as well")
+    flag("--resume", metavar="SPEC", help=start.SPECS)
+    flag("--resume_from", type=Path, metavar="DIR", help="resume from this run's folder: from its latest checkpoint, if nothing else is said")
+    flag("--resume_epoch", type=positive, metavar="N", help="resume from the last checkpoint of N completed epochs")
     flag("--check_resume", action="store_true", help="compare what was restored with what is stored")
     flag("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
 
-def read_arguments(argv: Sequence[str], journal: Journal) -> tuple[argparse.Namespace, Start]:
-    """The command line over ``--config_path`` over the settings of the checkpoint that is resumed, if one is.
+def read_arguments(argv: Sequence[str], journal: Journal) -> tuple[list[str], Start]:
+    """The command line over ``--config_path`` over the settings of the checkpoint that is resumed, if one is; and where to begin.
 
     A resumed run goes on in its own folder, or in the one that the command line names if the checkpoint is elsewhere.
     Raises :class:`~engine.errors.CheckpointNotFound` saying what there is instead.
     """
     parser = make_parser()
-    from_file: list[str] = []
-    if path := parser.parse_args(argv).config_path:
+    given = list(argv)
+    if path := parser.parse_args(given).config_path:
         from_file, unknown = parser.as_tokens(read_yaml(path))
+        given = [*from_file, *given]
         for name in unknown:
             journal.line(f"{path}: {name} is no setting of this recipe and has no effect")
-    args = parser.parse_args([*from_file, *argv])
-    if args.resume and (args.resume_from or args.resume_epoch):
-        raise UsageError("--resume says all: give either it or --resume_from and --resume_epoch")
-    if not (args.resume or args.resume_from or args.resume_epoch):
-        return args, Start(run_folder(args))
+    args = parser.parse_args(given)
+    run_dir, what = start.what_to_resume(args, run_folder(args))
+    found = start.find_step(run_dir, what, journal.line) if what else None
+    begin = Start(run_folder(args).absolute())
+    if found:
+        step, before = found
+        journal.line(f"resuming {step}")
+        given = [*parser.as_tokens(before)[0], *given]
+        args = parser.parse_args(given)
+        start.refuse_other_networks(ARCHITECTURE, settings(args), before)
+        named = run_folder(args).absolute() if args.experiment_name or args.experiment_dir else step.parent
+        begin = Start(named, step)
+    if args.keep_best and not args.keep_last:
+        raise UsageError("--keep_best has no effect without --keep_last: all checkpoints are kept")
+    if not args.no_save and not (begin.step and begin.run_dir.resolve() == begin.step.parent.resolve()):
+        start.refuse_to_overwrite(begin.run_dir)
+    return given, begin
 
-    named = run_folder(args)
-    what = args.resume or (f"epoch:{args.resume_epoch}" if args.resume_epoch else "latest")
-    storage, folder = catalog.find(args.resume_from or named, what)
-    found = Path(storage.root)
-    before = decode_record(read_manifest(storage, folder).record)["config"]
-    inherited, _ = parser.as_tokens(before)
-    args = parser.parse_args([*inherited, *from_file, *argv])
-    journal.line(f"resuming {found / folder}")
-    for name, now in settings(args).items():
-        if name in before and now != before[name]:
-            journal.line(f"--{name} is now {now} (was {before[name]})")
-    moves = (args.experiment_name or args.experiment_dir) and named.resolve() != found.resolve()
-    return args, Start(run_folder(args) if moves else found, found / folder)
+
+def run(argv: Sequence[str], world: World) -> None:
+    """Rank 0 reads and looks up; all go by what it found: files may differ between machines, or change meanwhile."""
+    journal = Journal(speaks=world.rank == 0)
+
+    def read() -> list[Any]:
+        tokens, begin = read_arguments(argv, journal)
+        return [tokens, str(begin.run_dir), str(begin.step) if begin.step else ""]
+
+    try:
+        tokens, run_dir, step = world.ranks.first("read the settings and find the checkpoint", read)
+        train(make_parser().parse_args(tokens), Start(Path(run_dir), Path(step) if step else None), world, journal)
+    finally:
+        journal.close()
 
 
 def main(argv: Sequence[str]) -> int:
-    journal = Journal(speaks=os.environ.get("RANK", "0") == "0")
     try:
-        args, start = read_arguments(argv, journal)
+        make_parser().parse_args(argv)  # says what is wrong with it at once, before any rank waits for another
         with launched() as world:
-            train(args, start, world, journal)
-    except (EngineError, UsageError) as e:
+            run(argv, world)
+    except EngineError as e:
         print(f"causvid: {e}", file=sys.stderr, flush=True)
         return e.exit_code
-    finally:
-        journal.close()
     return 0
 
 

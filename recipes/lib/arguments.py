@@ -4,25 +4,27 @@ command line wins."""
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why and what to change."""
-
-    exit_code = 2
+from engine.errors import UsageError
 
 
 class RecipeParser(argparse.ArgumentParser):
-    """Flags are declared with underscores and accepted with hyphens too; none may be abbreviated."""
+    """Flags are declared with underscores and accepted with hyphens too; none may be abbreviated.
+
+    What is wrong with them is a :class:`UsageError`, for they may come from a file that one rank alone has read.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
 
     def flag(self, name: str, **options: Any) -> None:
         self.add_argument(*dict.fromkeys((name, "--" + name[2:].replace("_", "-"))), dest=name[2:], **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help tells what there is")
 
     def as_tokens(self, values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Values by flag name as command-line tokens, None setting nothing; and the names that are no flag here."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.errors import UsageError
+from engine.format.checksum import digest
+from engine.sync import Ranks
 from recipes.lib import glyphs
-from recipes.lib.arguments import UsageError
 
 GRAM = 3
 
@@ -68,4 +70,16 @@ def read_captions(path: Path | None) -> list[str]:
     captions = [line for line in lines if line]
     if not captions:
         raise UsageError(f"--data_path {path}: no captions in it (one a line, empty lines do not count)")
+    return captions
+
+
+def read_captions_alike(path: Path | None, ranks: Ranks) -> list[str]:
+    """:func:`read_captions` on every rank; other captions on one of them, or none, are every rank's error."""
+    captions: list[str] = []
+
+    def read() -> dict[str, bytes]:
+        captions.extend(read_captions(path))
+        return {"have other captions": digest("\n".join(captions).encode())}
+
+    ranks.agree("read the captions", read)
     return captions

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.lib.arguments import UsageError
+from engine.errors import UsageError
 
 REQUIRED = ("gradient_clipping", "zero_optimization.stage")
 OWNED_BY_RECIPE = ("optimizer", "scheduler")

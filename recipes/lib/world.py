@@ -3,22 +3,29 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.errors import EngineError, PeerError
+from engine.sync import Ranks, current_ranks
+
 TIMEOUT = timedelta(minutes=30)  # generous: rank 0 may build DeepSpeed's C++ op while the others wait
+LEAVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class World:
+    """Made on every rank alike; ``ranks`` keeps them in step where one may fail, or see what others do not."""
+
     rank: int
     size: int
     device: torch.device
+    ranks: Ranks = field(default_factory=current_ranks)
 
     def mean(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Each scalar's mean over the ranks, summed in float64. Every rank calls this, with the same keys."""
@@ -33,13 +40,7 @@ class World:
 
     def assert_equal(self, what: str, modules: Mapping[str, nn.Module]) -> None:
         """Compare the modules' bytes across ranks; a difference is every rank's error. Every rank calls this."""
-        mine = [_digest(module) for module in modules.values()]
-        everyone: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyone, mine)
-        for name, digests in zip(modules, zip(*everyone, strict=True), strict=True):
-            odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-            if odd:
-                raise RuntimeError(f"{what}: the {name} of rank 0 differs from that of ranks {odd}")
+        self.ranks.agree(what, lambda: {f"have another {name}": _digest(module) for name, module in modules.items()})
 
 
 def _digest(module: nn.Module) -> str:
@@ -64,8 +65,18 @@ def launched() -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         try:
             yield World(dist.get_rank(), dist.get_world_size(), device)
+            _leave_together()
+        except EngineError:
+            _leave_together()
+            raise
         finally:
             dist.destroy_process_group()
+
+
+def _leave_together() -> None:
+    """Rank 0 may host the store in which the others still read how a save or a resume ended: it does not leave before them."""
+    with suppress(PeerError):  # some rank is gone: nobody is waited for longer
+        current_ranks(LEAVE_SECONDS).gather("leave", lambda: None)
 
 
 @contextmanager

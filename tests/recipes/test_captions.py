@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import UsageError
 from recipes.lib import glyphs
-from recipes.lib.arguments import UsageError
 from recipes.lib.captions import Captions, collate, embed, read_captions
 
 pytestmark = pytest.mark.timeout(30)

@@ -3,8 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.errors import UsageError
 from recipes import causvid
-from recipes.lib.arguments import UsageError, read_yaml, scientific
+from recipes.lib.arguments import read_yaml, scientific
+from recipes.lib.start import what_to_resume
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -19,8 +21,8 @@ class Silent:
 
 def read(*argv: str) -> SimpleNamespace:
     journal = Silent()
-    args, start = causvid.read_arguments(argv, journal)
-    return SimpleNamespace(args=args, start=start, lines=journal.lines)
+    tokens, start = causvid.read_arguments(argv, journal)
+    return SimpleNamespace(args=causvid.make_parser().parse_args(tokens), start=start, lines=journal.lines)
 
 
 def test_the_documents_command_line_is_accepted(tmp_path, monkeypatch):
@@ -34,7 +36,7 @@ def test_the_documents_command_line_is_accepted(tmp_path, monkeypatch):
     )
     run_dir = read(*argv.split()).start.run_dir
     name = "causvid_distillation_realLora32-fakeLora32_lr1e-5_ep100_bs1_ratio5_sketch_captions_slurm333"
-    assert run_dir == Path("runs") / name
+    assert run_dir == Path.cwd() / "runs" / name
 
 
 def test_the_name_tells_what_differs(monkeypatch):
@@ -45,7 +47,7 @@ def test_the_name_tells_what_differs(monkeypatch):
     name = read("--experiment_name", "x", "--data_path", "cats.txt").start.run_dir.name
     assert name == "x_realLora32-fakeLora32_lr1e-4_ep2_bs8_ratio5_cats"
     assert read("--experiment_dir", "/e").start.run_dir == Path("/e")
-    assert read().start.run_dir == Path("runs/causvid")
+    assert read().start.run_dir == Path.cwd() / "runs/causvid"
 
 
 @pytest.mark.parametrize(("number", "text"), [(1e-5, "1e-5"), (5e-7, "5e-7"), (2.5e-4, "2.5e-4"), (1.0, "1e0"), (30, "3e1")])
@@ -53,16 +55,15 @@ def test_numbers_are_written_as_people_do(number, text):
     assert scientific(number) == text
 
 
-def test_every_flag_takes_hyphens_and_none_an_abbreviation(capsys):
+def test_every_flag_takes_hyphens_and_none_an_abbreviation():
     assert read("--batch-size", "3", "--num-epochs=7").args.batch_size == 3
     for action in causvid.make_parser()._actions:
         assert {o.replace("-", "_") for o in action.option_strings if o.startswith("--")} == {
             o.replace("-", "_") for o in action.option_strings if o != "-h"
         }
         assert {f"--{action.dest}", f"--{action.dest}".replace("_", "-")} <= {"--" + o[2:] for o in action.option_strings}
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--see"):
         read("--see", "3")
-    capsys.readouterr()
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -86,15 +87,53 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("argv", [["--batch_size", "0"], ["--real_lora_rank", "-1"], ["--engine", "zero9"]])
-def test_values_out_of_range_are_refused(argv, capsys):
-    with pytest.raises(SystemExit):
+def test_values_out_of_range_are_refused(argv):
+    with pytest.raises(UsageError, match=f"argument {argv[0]}.*--help"):
         read(*argv)
-    assert argv[0] in capsys.readouterr().err
 
 
-def test_resume_is_said_in_one_way():
-    with pytest.raises(UsageError, match="either it or"):
-        read("--resume", "latest", "--resume_epoch", "3")
+def test_a_bad_value_in_the_file_is_refused_as_on_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("batch_size: 0\n")
+    with pytest.raises(UsageError, match=r"--batch_size.*0 is not at least 1"):
+        read("--config_path", str(path))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--resume", "latest", "--resume_epoch", "3"], "--resume and --resume_epoch both say which checkpoint"),
+        (["--resume", "auto", "--resume_from", "/e"], "--resume auto says where to look, and so does --resume_from"),
+        (["--resume", "/e/step_00000001", "--resume_from", "/e"], "so does --resume_from"),
+        (["--keep_best", "2"], "--keep_best has no effect without --keep_last"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(argv, message):
+    with pytest.raises(UsageError, match=message):
+        read(*argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "folder", "what"),
+    [
+        ([], "own", ""),
+        (["--resume", "latest"], "own", "latest"),
+        (["--resume", "auto"], "own", "auto"),
+        (["--resume", "best", "--resume_from", "d"], "d", "best"),
+        (["--resume_from", "d"], "d", "latest"),
+        (["--resume_from", "d", "--resume_epoch", "50"], "d", "epoch:50"),
+        (["--resume_epoch", "50"], "own", "epoch:50"),
+        (["--resume", "/e/step_00000001"], "/e", "/e/step_00000001"),
+    ],
+)
+def test_what_is_resumed_from_where(argv, folder, what):
+    assert what_to_resume(causvid.make_parser().parse_args(argv), Path("own")) == (Path(folder), what)
+
+
+def test_the_files_base_name_is_cut_to_fifteen_characters(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for path, part in (("/a/b.c/quickdraw_captions_v2.txt", "quickdraw_capti"), ("fifteen_letters", "fifteen_letters"), ("x.txt", "x")):
+        assert causvid.experiment_name(read("--experiment_name", "e", "--data_path", path).args).endswith(f"_ratio5_{part}")
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import UsageError
 from recipes.lib import ds_config
-from recipes.lib.arguments import UsageError
 
 pytestmark = pytest.mark.timeout(30)
 GIVEN = {

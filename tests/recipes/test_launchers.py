@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from engine.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SHORT = ["--max_captions", "16", "--batch_size", "4", "--teacher_steps", "2", "--log_iters", "1"]
 
 
-def start(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def start(*command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PATH": f"{BIN}:{environment['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment |= {"PATH": f"{BIN}:{environment['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
     return subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=110)
 
 
@@ -49,9 +51,42 @@ def test_a_run_moves_from_deepspeed_to_plain_python_to_torchrun(tmp_path):
     ]
     assert list((tmp_path / "runs/causvid/logs").glob("events*"))
 
-    missing = start(*torchrun, recipe, "--resume", "epoch:9", cwd=tmp_path)
-    assert missing.returncode != 0
-    assert missing.stderr.count("no checkpoint was saved after 9 completed epochs") >= 2, "both ranks say what is wrong"
+    script = str(ROOT / "recipes/resume_training_example.sh")
+    missing = start("bash", script, "runs/causvid", "--resume_epoch", "9", cwd=tmp_path, RANKS="2", MASTER_PORT="29573")
+    assert missing.returncode == 4
+    assert "runs/causvid: 3 checkpoints" in missing.stdout
+    assert missing.stderr.count("no checkpoint was saved after 9 completed epochs") == 2, "both ranks say what is wrong"
+    assert re.findall(r"^step_\d+", missing.stdout, re.MULTILINE) == ["step_00000002", "step_00000004", "step_00000006"]
+
+
+FAULTY = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from recipes import causvid
+
+sound, seen = causvid.critic_loss, []
+
+def faulty(*args):
+    seen.append(None)
+    if len(seen) == 6 and torch.distributed.get_rank() == 1:
+        raise RuntimeError("the memory of rank 1 is bad")
+    return sound(*args)
+
+causvid.critic_loss = faulty
+sys.exit(causvid.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_fails_in_the_loop_ends_all_and_what_was_saved_is_sound(tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT)))
+    flags = ["--engine", "ddp", *SHORT, "--num_epochs", "9", "--experiment_dir", "run"]
+    ended = start("torchrun", "--nproc_per_node", "2", "--master_port", "29575", str(script), *flags, cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "the memory of rank 1 is bad" in ended.stderr
+    assert steps(ended.stdout) == [1, 2, 3, 4, 5]
+    assert main(["verify", str(tmp_path / "run"), "--all"]) == 0
+    assert sorted(path.name for path in (tmp_path / "run").glob("*step_*")) == ["step_00000002", "step_00000004"]
 
 
 def test_a_resume_without_a_run_exits_with_the_errors_code(tmp_path):
