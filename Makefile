@@ -26,6 +26,7 @@ check: setup
 
 bench: setup
 	for name in tiny_tensors memory matrix; do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --plot benchmarks/results/scale.svg
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

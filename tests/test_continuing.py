@@ -214,3 +214,12 @@ def test_the_trackers_run_id_is_kept(tmp_path):
     Checkpointer(tmp_path, model(0)).save(Progress(step=1, wandb_run_id="abc123"))
     assert Checkpointer(tmp_path, model(1)).resume().wandb_run_id == "abc123"
     assert json.loads((tmp_path / "run.json").read_text())["wandb_run_id"] == "abc123"
+
+
+def test_best_is_right_where_a_kill_came_before_its_pointer_moved(tmp_path):
+    checkpointer, progress = Checkpointer(tmp_path, model(0), monitor="val"), Progress()
+    for step, value in ((1, 0.5), (2, 0.4), (3, 0.6)):
+        progress.step = step
+        checkpointer.save(progress, metrics={"val": value})
+    (tmp_path / "best").write_text("step_00000001\n")
+    assert Checkpointer(tmp_path, model(1), monitor="val").resume("best").step == 2

@@ -1,6 +1,7 @@
 """The smallest real checkpoint: one process, one linear layer with momentum, saved by a Checkpointer."""
 
 import copy
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -48,10 +49,12 @@ def same(a, b) -> bool:
 def opened(step: Path, rank: int = 0) -> tuple[dict, dict]:
     """A step's manifest and a rank's index as builtins: ``summary``, ``tensors`` …; ``rank``, ``files``, ``chunks``, ``record``."""
     storage = LocalStorage(step)
-    root, _ = read_manifest(storage.open("manifest"), "manifest")
-    head, sealed = open_index(storage.open(index_name(rank)), "index")
-    chunks = [chunk for page in head.pages for chunk in read_page(sealed, page, "index")]
-    index = RankIndex(head.rank, head.files, tuple(chunks), sealed.page(head.record))
+    with closing(storage.open("manifest")) as reader:
+        root, _ = read_manifest(reader, "manifest")
+    with closing(storage.open(index_name(rank))) as reader:
+        head, sealed = open_index(reader, "index")
+        chunks = [chunk for page in head.pages for chunk in read_page(sealed, page, "index")]
+        index = RankIndex(head.rank, head.files, tuple(chunks), sealed.page(head.record))
     return msgspec.to_builtins(root, builtin_types=(bytes,)), msgspec.to_builtins(index, builtin_types=(bytes,))
 
 

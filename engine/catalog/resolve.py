@@ -8,9 +8,9 @@ from engine.catalog.history import current_line, latest_step
 from engine.catalog.lineage import ranked, saved_last
 from engine.catalog.listing import absent, read_manifest, read_summary, steps
 from engine.catalog.pointers import read_pointer
-from engine.errors import CheckpointCorrupt, CheckpointNotFound, UsageError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, UsageError
 from engine.format.manifest import MANIFEST
-from engine.format.names import BEST, LATEST, parse_step
+from engine.format.names import BEST, LATEST, parse_step, step_name
 from engine.storage import LocalStorage, Storage
 
 __all__ = ["find", "read_manifest", "read_summary"]
@@ -70,10 +70,16 @@ def _refuse_others(storage: Storage) -> None:
 
 
 def _best(storage: Storage) -> str:
-    """What the pointer names; the best of the current line, with a warning, where the pointer is lost or names a removed step."""
+    """What the latest step knows as the best of its line, else what the pointer names (a kill may have come before it was moved);
+    where that step is gone, the best of those that are left, with a warning."""
     name = read_pointer(storage, BEST)
-    if any(step.name == name for step in steps(storage)):
-        return name
+    try:
+        known = read_summary(storage, latest_step(storage)).best_step
+    except EngineError:  # damaged, or gone: told below, if it matters
+        known = -1
+    for best in (step_name(known) if known >= 0 else name, name):
+        if any(step.name == best for step in steps(storage)):
+            return best
     _, line = current_line(storage)
     monitored = next((s for _, s in reversed(line) if s.monitor), None)
     if monitored is None:

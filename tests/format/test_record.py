@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import CheckpointCorrupt, UsageError
-from engine.format.record import decode_record, encode_record
+from engine.format.record import Array, Reference, decode_record, encode_record
 
 _SCALARS = (
     st.none()
@@ -97,6 +97,8 @@ def _own() -> list:
         ({"a": {"\ud800": 1}}, r"a key of record\['a'\] is text that UTF-8 cannot carry"),
         ([np.longdouble(1)], r"record\[0\] is nested deeper"),
         (_own(), r"nested deeper than 64"),
+        ({"n": 2**8192}, r"record\['n'\] is an integer of 8193 bits"),
+        ({"n": -(2**8192)}, r"record\['n'\] is an integer of 8193 bits"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -132,6 +134,51 @@ _Ext, _pack = msgspec.msgpack.Ext, msgspec.msgpack.encode
 def test_malformed_records_are_corrupt(data):
     with pytest.raises(CheckpointCorrupt, match="a state record cannot be decoded"):
         decode_record(data)
+
+
+def _nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def test_what_is_deeper_than_a_record_can_be_is_corrupt():
+    """So that whoever walks a record may do so by recursion."""
+    deepest = _nested(65)
+    assert decode_record(encode_record(deepest)) == deepest
+    for deeper in (_nested(66), {"a": _nested(65)}, _nested(500)):
+        with pytest.raises(CheckpointCorrupt, match="nested deeper than 64 levels"):
+            decode_record(_pack(deeper))
+
+
+def test_integers_that_python_would_not_print_are_corrupt():
+    for value in (2**8191 - 1, 1 - 2**8191):
+        assert decode_record(encode_record(value)) == value
+        assert str(value)
+    with pytest.raises(CheckpointCorrupt, match="extension type 2 of 1025 bytes is not known"):
+        decode_record(_pack(_Ext(2, b"\x01" * 1025)))
+
+
+def test_references_and_arrays_round_trip():
+    value = {"t": Reference("ema.shadow"), "a": [Array("numpy", "F32", (2, 0, 3), b""), Array("torch", "BF16", (), b"\x80\x3f")]}
+    assert decode_record(encode_record(value)) == value
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (("torch", "F32", (2,), b"1234567"), "with 7 bytes"),
+        (("jax", "F32", (1,), b"1234"), "kind 'jax'"),
+        (("torch", "F33", (1,), b"1234"), "dtype 'F33'"),
+        (("torch", "F32", (-1, -1), b"1234"), "shape"),
+        (("torch", "F32", (2**62, 0), b""), "shape"),
+        (("torch", "F32", (1,) * 65, b"1234"), "length <= 64"),
+    ],
+)
+def test_malformed_arrays_are_corrupt(array, told):
+    with pytest.raises(CheckpointCorrupt, match=told):
+        decode_record(_pack(_Ext(5, _pack(array))))
 
 
 def test_tuples_nested_without_end_are_corrupt():

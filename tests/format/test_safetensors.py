@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.format.safetensors import HEADER_ALIGN_BYTES, Entry, encode_header
+from engine.format.safetensors import HEADER_ALIGN_BYTES, Entry, as_stored, decode_header, encode_header
 
 ENTRIES = [Entry("model.a", "F32", (2, 0), (3, 4), 0, 48), Entry("modèle.ß", "BF16", (), (), 48, 2), Entry("e", "I64", (0, 0), (0, 5), 50, 0)]
 
@@ -41,6 +41,14 @@ def test_types_without_a_name_there_are_stored_as_bytes(dtype, width):
     header, offsets = decoded([Entry("m", dtype, (2, 3), (4, 5), 0, 20 * width), Entry("s", dtype, (), (), 20 * width, width)])
     assert (header["m"]["dtype"], header["m"]["shape"], offsets["m"]["saved_offsets"]) == ("U8", [4, 5 * width], [2, 3 * width])
     assert (header["s"]["dtype"], header["s"]["shape"], offsets["s"]["saved_offsets"]) == ("U8", [width], [0])
+
+
+def test_what_is_encoded_is_decoded():
+    """As the file has it: types that have no name there as bytes. tests/transfer/test_fuzz.py has what is refused."""
+    entries = [*ENTRIES, Entry("c", "C128", (3, 2), (1, 2), 50, 32), Entry("s", "F8_E8M0", (), (), 82, 1)]
+    assert decode_header(encode_header(entries), "here") == [as_stored(entry) for entry in entries]
+    assert as_stored(entries[3]) == Entry("c", "U8", (3, 32), (1, 32), 50, 32)
+    assert as_stored(entries[4]) == Entry("s", "U8", (0,), (1,), 82, 1)
 
 
 def test_metadata_is_text_only():
