@@ -28,7 +28,21 @@ from engine.sync import Ranks, Store, _Report, compare
 from engine.transfer import replicas
 from engine.transfer.commit import begin_attempt, commit_attempt
 
-_SHOWN = ("what", "layout", "world", "params", "rank", "seconds", "root_mb", "index_mb", "calls_a_rank", "over_needed", "header_mb", "reads")
+_SHOWN = (
+    "what",
+    "layout",
+    "world",
+    "params",
+    "rank",
+    "seconds",
+    "cpu_seconds",
+    "root_mb",
+    "index_mb",
+    "calls_a_rank",
+    "over_needed",
+    "header_mb",
+    "reads",
+)
 _MB = 1e6
 
 
@@ -37,7 +51,8 @@ _MB = 1e6
 
 def plans(layout: str, world: int, count: int, samples: int) -> Row:
     """Rank 0's and the middle rank's first save, and the indexes of ``samples`` more. Seconds are those of the slower rank, each the
-    better of two tries: the machine has other work."""
+    better of two tries: the machine has other work. The sum of indexes is rank 0's, which has the small replicated tensors, and the
+    others' mean times their number."""
     tensors = describe(layout, world, count)
     with _folder() as storage:
         attempt = begin_attempt(storage, STEP)
@@ -50,6 +65,7 @@ def plans(layout: str, world: int, count: int, samples: int) -> Row:
     others = statistics.mean(entry.size_bytes for rank, entry in entries.items() if rank)
     return {
         "what": "plan", "layout": layout, "world": world, "params": count, "seconds": max(planned.seconds for planned in timed),
+        "cpu_seconds": max(planned.cpu_seconds for planned in timed),
         "index_seconds": max(seconds for _, seconds in written.values()), "root_mb": len(root) / _MB,
         "index_mb": (entries[0].size_bytes + others * (world - 1)) / _MB, "index_mb_rank0": entries[0].size_bytes / _MB, "sampled": len(entries),
     }  # fmt: skip
@@ -202,7 +218,7 @@ def loads(source: tuple[str, int], target: tuple[str, int], count: int, ranks: S
 def _load_row(source: tuple[str, int], target: tuple[str, int], count: int, found: Loaded) -> Row:
     return {
         "what": "load", "layout": f"{source[0]} → {target[0]}", "world": f"{source[1]} → {target[1]}", "params": count, "rank": found.rank,
-        "seconds": found.seconds, "open_seconds": found.open_seconds, "over_needed": found.touched_bytes / found.needed_bytes,
+        "seconds": found.seconds, "cpu_seconds": found.cpu_seconds, "open_seconds": found.open_seconds, "over_needed": found.touched_bytes / found.needed_bytes,
         "touched_mb": found.touched_bytes / _MB, "needed_mb": found.needed_bytes / _MB, "indexes": found.indexes, "index_reads": found.index_reads,
         "header_mb": found.header_bytes / _MB, "reads": found.reads, "data_mb": found.data_bytes / _MB,
     }  # fmt: skip
@@ -249,6 +265,7 @@ def _figures(rows: list[Row], resharded: list[Row], world: int, count: int) -> d
     return {
         f"plan_seconds_{world}": planned["fsdp2"]["seconds"],
         f"plan_seconds_{world}_slowest_layout": max(row["seconds"] for row in planned.values()),
+        f"plan_cpu_seconds_{world}": planned["fsdp2"]["cpu_seconds"],
         f"root_mb_{world}": max(row["root_mb"] for row in planned.values()),
         f"index_mb_{world}": planned["fsdp2"]["index_mb"],
         f"rank0_seconds_{world}": commit["seconds"],
@@ -260,6 +277,7 @@ def _figures(rows: list[Row], resharded: list[Row], world: int, count: int) -> d
         "index_bytes_over_needed": max(ratios),
         "index_bytes_over_needed_mean": statistics.mean(ratios),
         "load_plan_seconds": max(row["seconds"] for row in resharded),
+        "load_plan_cpu_seconds": max(row["cpu_seconds"] for row in resharded),
         "load_header_mb": max(row["header_mb"] for row in resharded),
         "load_reads": max(row["reads"] for row in resharded),
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,

@@ -66,7 +66,8 @@ def test_the_figures_are_those_of_the_committed_results():
         f"{tiny['disk_over_payload_tiny']:.2f} bytes on disk a byte of payload",
         f"of a save {memory['peak_save_over_shard']:.2f} × the rank's shard, of a load {memory['peak_load_over_run']:.2f} × the longest run it reads",
         f"a first plan takes a rank {scale['plan_seconds_4096']:.1f} s, the root manifest has {scale['root_mb_4096']:.1f} MB, a commit takes rank 0 "
-        f"{scale['rank0_seconds_4096']:.1f} s, and a load on half as many ranks reads {scale['index_bytes_over_needed']:.2f} × the index bytes it needs",
+        f"{scale['rank0_seconds_4096']:.1f} s, and a load on half as many ranks reads {scale['index_bytes_over_needed']:.2f} × the index bytes "
+        "it needs",
     ]
     for phrase in phrases:
         assert phrase in README.read_text(encoding="utf-8"), f"the README should say: {phrase}"

@@ -60,10 +60,14 @@ def pieces(chunks: Iterable[Chunk]) -> Iterator[Piece]:
 
 
 def scan(storage: Storage, path: str, piece: Piece) -> list[Bad]:
-    """What of a piece is not as its checksums say. Raises an :class:`EngineError` where the file cannot be opened."""
+    """What of a piece is not as its checksums say."""
     bad: list[Bad] = []
     buffer = memoryview(bytearray(WINDOW_BYTES))
-    with closing(storage.open(path)) as reader:
+    try:
+        opened = closing(storage.open(path))
+    except (EngineError, FileNotFoundError) as e:  # it was there a moment ago
+        return [Bad(block.chunk, block.begin, block.end, f"are lost: {e}") for block in _blocks(piece)]
+    with opened as reader:
         for window in _windows(_blocks(piece)):
             begin = window[0].begin
             have = max(0, min(window[-1].end, reader.size_bytes) - begin)

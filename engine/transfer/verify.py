@@ -22,7 +22,7 @@ from engine.storage import Reader, Storage
 from engine.transfer.scan import Bad, Scans
 from engine.transfer.stored import StoredCheckpoint, StoredIndex
 
-Boxes = Counter[tuple[tuple[int, ...], tuple[int, ...]]]
+Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class Problem(Struct, frozen=True):
@@ -143,14 +143,14 @@ class _Verification:
         """The boxes in an index are those that the manifest's rules give its rank."""
         found: dict[int, Boxes] = {}
         for chunk in chunks:
-            found.setdefault(chunk.tensor, Counter())[chunk.offsets, chunk.sizes] += 1
+            found.setdefault(chunk.tensor, []).append((chunk.offsets, chunk.sizes))
             self._totals[chunk.tensor] += self._tiling.number(chunk.offsets, chunk.sizes)
         for number, tensor in enumerate(self._tensors):
             if number in lost:
                 continue
-            boxes = Counter((box.offsets, box.sizes) for part in tensor.parts for box in written_boxes(tensor, part, rank))
-            listed = found.get(number, Counter())
-            if boxes != listed:
+            boxes = [(box.offsets, box.sizes) for part in tensor.parts for box in written_boxes(tensor, part, rank)]
+            listed = found.get(number, [])
+            if boxes != listed and sorted(boxes) != sorted(listed):
                 self._misplaced.add(number)
                 self._add(name, _difference(boxes, listed), rank=rank, tensor=tensor.name)
 
@@ -223,8 +223,8 @@ def _told(error: EngineError, storage: Storage, folder: str) -> str:
 
 
 def _difference(boxes: Boxes, listed: Boxes) -> str:
-    told = []
-    for verb, rest in (("lacks", boxes - listed), ("has", listed - boxes)):
+    told, expected, found = [], Counter(boxes), Counter(listed)
+    for verb, rest in (("lacks", expected - found), ("has", found - expected)):
         for offsets, sizes in list(rest)[:1]:
             more = f" and {rest.total() - 1} more" if rest.total() > 1 else ""
             told.append(f"{verb} the box at {list(offsets)} of {list(sizes)}{more}")

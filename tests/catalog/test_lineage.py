@@ -60,7 +60,7 @@ def test_who_descends_from_whom(step, ancestor, expected):
 def test_the_heads_alone_tell_what_the_history_was(data):
     """Against a plain tree of parents, over any history of resuming, saving on (also on a number that exists), and deleting."""
     parents, numbers, made, alive = {}, {}, {}, []
-    for uid in range(data.draw(st.integers(1, 25))):
+    for uid in range(data.draw(st.integers(1, 16))):
         by_number = {numbers[u]: u for u in alive}
         parent = data.draw(st.sampled_from([None, *alive]))
         number = data.draw(st.integers(0 if parent is None else numbers[parent], 12))

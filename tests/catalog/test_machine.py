@@ -297,4 +297,4 @@ class Run(RuleBasedStateMachine):
 
 
 TestRun = Run.TestCase
-TestRun.settings = settings(stateful_step_count=15)
+TestRun.settings = settings(stateful_step_count=12)

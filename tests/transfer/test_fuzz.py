@@ -208,7 +208,7 @@ RECORDS = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["progress", "models", "groups", "params", "values", "config", "", "engine"]) | st.integers(), inner, max_size=4
+            st.sampled_from(["progress", "models", "groups", "params", "values", "config", "", "engine"]) | st.integers(0, 9), inner, max_size=4
         )
     ),
     max_leaves=15,

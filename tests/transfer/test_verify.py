@@ -299,6 +299,24 @@ def test_a_medium_that_fails_is_a_problem_like_any_other(step, monkeypatch):
     assert min(p.begin for p in found) == 4096 + 48, "the first read, of the complex tensor, did not fail"
 
 
+def test_a_file_that_goes_away_meanwhile_is_a_problem_like_any_other(step, monkeypatch):
+    """Retention may delete a step that is being looked at."""
+    real, opened_before = LocalStorage.open, []
+
+    def vanishing(self, path):
+        if path.endswith("00000.0.safetensors"):
+            opened_before.append(path)
+            if len(opened_before) > 1:  # the header was read
+                raise FileNotFoundError(path)
+        return real(self, path)
+
+    monkeypatch.setattr(LocalStorage, "open", vanishing)
+    found = problems(step)
+    assert {p.file for p in found} == {"rank_00000.0.safetensors"}
+    assert {p.tensor for p in found} == {"model.large", "model.flat", "model.empty", "model.complex"}
+    assert all(p.what.startswith("are lost: ") for p in found)
+
+
 def test_a_folder_without_files_is_not_found(tmp_path):
     for name in ("empty", "none"):
         if name == "empty":
@@ -347,6 +365,29 @@ def test_a_chunk_that_the_layout_promises_but_the_index_lacks(step):
     assert "rank_00000.index (rank 0): model.complex: lacks the box at [0] of [3]; its layout says otherwise" in told
     assert "rank_00000.0.safetensors (rank 0): bytes 4096 to 4144 belong to no tensor" in told
     assert "its header, which has model.complex beside what the index has" in told
+
+
+def test_bytes_at_the_end_of_a_file_that_are_in_no_chunk(step):
+    def change(manifest, index):
+        index["chunks"].remove(max((c for c in index["chunks"] if c[3] == 0 and c[5]), key=lambda chunk: chunk[4]))
+
+    size = (step / "rank_00000.0.safetensors").stat().st_size
+    forge(step, change)
+    assert f"to {size} belong to no tensor" in _told(step)
+
+
+def test_a_checksum_over_all_pages_that_does_not_match(step):
+    """Though each page's does: a reader that takes indexes whole would refuse it."""
+    path = step / "rank_00002.index"
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1  # of the body's digest
+    path.write_bytes(data)
+    manifest, _ = opened(step)
+    _, found = open_index(Bytes(bytes(data)), "index")
+    manifest["indexes"] = [*manifest["indexes"][:2], [len(data), found.digest]]
+    (step / "manifest").write_bytes(seal_manifest(manifest))
+    (problem,) = problems(step)
+    assert (problem.file, problem.what.partition(": ")[2][:27]) == ("rank_00002.index", "its checksum does not match")
 
 
 def test_a_box_that_the_layout_does_not_give(step):
