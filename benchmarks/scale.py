@@ -218,7 +218,8 @@ def loads(source: tuple[str, int], target: tuple[str, int], count: int, ranks: S
 def _load_row(source: tuple[str, int], target: tuple[str, int], count: int, found: Loaded) -> Row:
     return {
         "what": "load", "layout": f"{source[0]} → {target[0]}", "world": f"{source[1]} → {target[1]}", "params": count, "rank": found.rank,
-        "seconds": found.seconds, "cpu_seconds": found.cpu_seconds, "open_seconds": found.open_seconds, "over_needed": found.touched_bytes / found.needed_bytes,
+        "seconds": found.seconds, "cpu_seconds": found.cpu_seconds, "open_seconds": found.open_seconds,
+        "over_needed": found.touched_bytes / found.needed_bytes,
         "touched_mb": found.touched_bytes / _MB, "needed_mb": found.needed_bytes / _MB, "indexes": found.indexes, "index_reads": found.index_reads,
         "header_mb": found.header_bytes / _MB, "reads": found.reads, "data_mb": found.data_bytes / _MB,
     }  # fmt: skip

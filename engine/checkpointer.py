@@ -262,7 +262,7 @@ class Checkpointer:
         """After a commit, on rank 0: ``best``, what retention does not keep, and once what killed saves have left. A refusal of the
         storage is told, and left for the next save: the checkpoint itself is safe."""
         try:
-            if progress.best is not None and self._storage.exists(best := step_name(progress.best.step)):
+            if progress.best is not None and catalog.is_on_line(self._storage, best := step_name(progress.best.step), saved):
                 catalog.point_best(self._storage, best)
             for name in catalog.expired(catalog.summaries(self._storage), saved, self._retention) if self._retention.last else []:
                 catalog.delete_step(self._storage, name)
@@ -320,6 +320,8 @@ class Checkpointer:
                     logger.warning("%s IS DAMAGED and is passed over; going back to %s. What was found: %s", damaged, earlier, told)
 
     def _find(self, what: str, missing: Missing) -> list[str] | None:
+        with contextlib.suppress(EngineError, OSError):  # a run that cannot be written can still be read
+            catalog.restore(self._storage)
         try:
             storage, folder = catalog.find(self._storage.root, what, names=self._names)
         except CheckpointNotFound as e:

@@ -1,6 +1,6 @@
 """Which steps a run has, which one a name means, which may go; and which runs there are. No torch."""
 
-from engine.catalog.history import lineage_after, previous
+from engine.catalog.history import is_on_line, lineage_after, previous
 from engine.catalog.lineage import descends_from, next_lineage
 from engine.catalog.listing import Step, read_manifest, read_summary, steps, summaries
 from engine.catalog.pointers import point_best
@@ -18,6 +18,7 @@ __all__ = [
     "expired",
     "find",
     "find_run",
+    "is_on_line",
     "lineage_after",
     "new_run",
     "next_lineage",

@@ -2,7 +2,7 @@
 
 import logging
 
-from engine.catalog.lineage import Named, line_to, next_lineage, saved_last
+from engine.catalog.lineage import Named, descends_from, line_to, next_lineage, saved_last
 from engine.catalog.listing import absent, read_summary, steps, summaries
 from engine.catalog.pointers import read_pointer
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError
@@ -40,6 +40,16 @@ def current_line(storage: Storage) -> tuple[list[Named], list[Named]]:
         logger.warning("%s cannot be read, so its line of training is not known; taking that of %s, the step saved last", latest, last[0])
         head = last[1]
     return found, line_to(head, found)
+
+
+def is_on_line(storage: Storage, name: str, latest: str) -> bool:
+    """Whether the step in folder ``name`` is there, and on the way to ``latest``. A pointer's text is no name until it parses."""
+    if parse_step(name) is None:
+        return False
+    try:
+        return descends_from(read_summary(storage, latest), read_summary(storage, name))
+    except EngineError:
+        return False
 
 
 def previous(storage: Storage, folder: str) -> str | None:

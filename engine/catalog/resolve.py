@@ -4,7 +4,7 @@ import logging
 import os
 from typing import Literal
 
-from engine.catalog.history import current_line, latest_step
+from engine.catalog.history import current_line, is_on_line, latest_step
 from engine.catalog.lineage import ranked, saved_last
 from engine.catalog.listing import absent, read_manifest, read_summary, steps
 from engine.catalog.pointers import read_pointer
@@ -72,13 +72,15 @@ def _refuse_others(storage: Storage) -> None:
 def _best(storage: Storage) -> str:
     """What the latest step knows as the best of its line, else what the pointer names (a kill may have come before it was moved);
     where that step is gone, the best of those that are left, with a warning."""
-    name = read_pointer(storage, BEST)
+    name, latest = read_pointer(storage, BEST), latest_step(storage)
     try:
-        known = read_summary(storage, latest_step(storage)).best_step
-    except EngineError:  # damaged, or gone: told below, if it matters
+        known = read_summary(storage, latest).best_step
+    except EngineError:  # damaged: whatever the pointer names is the best that is known
+        if any(step.name == name for step in steps(storage)):
+            return name
         known = -1
     for best in (step_name(known) if known >= 0 else name, name):
-        if any(step.name == best for step in steps(storage)):
+        if is_on_line(storage, best, latest):
             return best
     _, line = current_line(storage)
     monitored = next((s for _, s in reversed(line) if s.monitor), None)

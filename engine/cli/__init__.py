@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from engine.cli.target import HELP
 
-    parser = argparse.ArgumentParser(prog="engine", description="Look at lockstep checkpoints.", allow_abbrev=False)
+    codes = "exit codes: 0 fine, 1 diff has found differences, 2 usage, 4 not found, 5 damaged, 7 the storage refused"
+    parser = argparse.ArgumentParser(prog="engine", description="Look at lockstep checkpoints.", epilog=codes, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     listing = commands.add_parser("ls", help="the committed steps of a run, or the runs below a folder")
