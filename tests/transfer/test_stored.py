@@ -195,7 +195,15 @@ def test_a_forged_index_is_refused(step, case):
     _refused(step, told, "rank_00000.index")
 
 
+def _negative_page(head):
+    """Which makes room for the one before it to overlap the next."""
+    first = head["pages"][0]
+    first[3] += 7
+    head["pages"].append([5, 1, first[3], -7, b"d" * 16])
+
+
 HEADS = {
+    "a negative page": (_negative_page, "leave a gap or overlap"),
     "a gap between pages": (lambda d: d["record"].__setitem__(2, d["record"][2] + 1), "leave a gap or overlap at byte"),
     "overlapping pages": (lambda d: d["record"].__setitem__(2, 0), "leave a gap or overlap at byte 0"),
     "a page twice": (lambda d: d["pages"].append(d["pages"][0]), "not in the order of their tensors"),
