@@ -303,9 +303,9 @@ def test_malformed_headers_are_corrupt(text):
         decode_header(struct.pack("<Q", len(text)) + text, "here")
 
 
-@pytest.mark.parametrize("raw", [b"", b"1234567", struct.pack("<Q", 2**63), struct.pack("<Q", 1) + b"{}"])
+@pytest.mark.parametrize("raw", [b"", b"1234567", struct.pack("<Q", 2**63), struct.pack("<Q", 4087) + encode_header(ENTRIES)[8:]])
 def test_a_header_of_another_length_than_it_says_is_corrupt(raw):
-    with pytest.raises(CheckpointCorrupt, match="here has a header that"):
+    with pytest.raises(CheckpointCorrupt, match=r"here has a header that.*(its length word says|buffer of at least 8 bytes)"):
         decode_header(raw, "here")
 
 

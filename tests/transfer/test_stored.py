@@ -93,6 +93,11 @@ MESHES = {
 _NAME, _DTYPE, _SHAPE, _PARTS = range(4)
 MANIFESTS = {
     "no ranks": (_set(_head, "world_size", 0), "for a world size of 0"),
+    "no ranks and no indexes": (lambda d: (_head(d).update(world_size=0), d.update(indexes=[])), "0 rank indexes for a world size of 0"),
+    "too many ranks": (
+        lambda d: (_head(d).update(world_size=2**20 + 1), d.update(indexes=[[1, b"d" * 16]] * (2**20 + 1))),
+        "1048577 rank indexes for",
+    ),
     "more ranks": (_set(_head, "world_size", 10**9), "1 rank indexes for a world size of 1000000000"),
     "twice": (lambda d: d.update(tensors=[*d["tensors"], d["tensors"][0]]), "listed twice"),
     "alias": (lambda d: d.update(aliases={"model.tied": "model.gone"}), "another name of model.gone, which there is not"),
