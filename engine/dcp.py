@@ -6,8 +6,7 @@ layout rules that all ranks know, so there is nothing to gather or scatter, and 
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,16 +29,12 @@ from torch.futures import Future
 
 from engine.errors import CheckpointCorrupt, UsageError
 from engine.format.layout import LogicalTensor
-from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode_index, index_name
-from engine.plan.image import Image, Source, lay_out
+from engine.plan.image import ShardLayout, Source, shard_layout
 from engine.plan.reads import absent, wants
 from engine.state.boxes import Box, shift, written_boxes
 from engine.state.shard import Shard, dtype_name, torch_dtype
-from engine.storage import Storage
 from engine.transfer.read import Request, fill
-from engine.transfer.stage import Stager
 from engine.transfer.stored import StoredCheckpoint
-from engine.transfer.write import Written, write_images, write_whole
 
 _KEY = "state"
 """The one top-level key of the state dict given to DCP: it decorates a call a key, which 10,000 keys would pay for."""
@@ -97,13 +92,21 @@ class ShardSavePlanner(SavePlanner):
         self._boxes = [[box for part in tensor.parts for box in written_boxes(tensor, part, rank)] for tensor in assigned]
         self._handles: dict[str, ShardTensor] = {}
         self._plan: SavePlan | None = None
+        self._views: list[torch.Tensor] | None = None
 
     def handles(self, shards: Sequence[Shard]) -> dict[str, ShardTensor]:
-        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``."""
-        return {shard.name: ShardTensor(shard, boxes, self._rank) for shard, boxes in zip(shards, self._boxes, strict=True) if boxes}
+        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``. What is the same
+        object as at the last save keeps its handle: making 10,000 of them takes longer than copying what they stand for."""
+        for shard, boxes in zip(shards, self._boxes, strict=True):
+            if boxes:
+                known = self._handles.get(shard.name)
+                if known is None or known._shard is not shard:
+                    self._handles[shard.name] = ShardTensor(shard, boxes, self._rank)
+                    self._views = None
+        return self._handles
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self._handles = state_dict[_KEY]
+        """The handles are the planner's own."""
 
     def create_local_plan(self) -> SavePlan:
         if self._plan is None:
@@ -121,65 +124,57 @@ class ShardSavePlanner(SavePlanner):
         assert data is not None
         return handle._shard.view(Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)), handle._rank)
 
+    def views(self, plan: SavePlan) -> list[torch.Tensor]:
+        """The live tensor of each item; the same list while no handle has changed."""
+        if self._views is None:
+            self._views = [self.resolve_data(item) for item in plan.items]
+        return self._views
+
+
+Sink = Callable[[ShardLayout, list[torch.Tensor]], None]
+"""What becomes of a rank's files as laid out, and the live tensor of each of their items: written at once, or staged for it."""
+
 
 class ShardWriter(StorageWriter):
-    """Writes one rank's shard files and its index into an attempt's folder. Keeps file layouts while the plan stays the same."""
+    """Lays out one rank's files, and gives them to a sink. Keeps the layout while the plan stays the same."""
 
-    def __init__(self, storage: Storage, rank: int) -> None:
-        self._storage = storage
+    def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._stager = Stager()
-        self._folder = ""
         self._numbers: Mapping[str, int] = {}
         self._classes: Sequence[int] = ()
-        self._record = b""
-        self._laid_out: tuple[SavePlan, list[Image]] | None = None
-        self._files: list[FileEntry] = []
-        self.index_entry: IndexEntry | None = None
-        self.bytes_written = 0
+        self._sink: Sink | None = None
+        self._laid_out: tuple[SavePlan, ShardLayout] | None = None
 
-    def begin(self, folder: str, numbers: Mapping[str, int], classes: Sequence[int], record: bytes) -> None:
-        """Where the next save goes; each tensor's number in the manifest, and the geometry class by number; this rank's own
-        record."""
-        self._folder, self._numbers, self._classes, self._record = folder, numbers, classes, record
-        self.index_entry = None
+    def begin(self, numbers: Mapping[str, int], classes: Sequence[int], sink: Sink) -> None:
+        """Each tensor's number in the manifest, and the geometry class by number; where the next save goes."""
+        self._numbers, self._classes, self._sink = numbers, classes, sink
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """DCP calls this with a path where there is one; the folder comes from :meth:`begin`."""
+        """DCP calls this with a path where there is one; the sink knows it."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up a save: the folder exists."""
+        """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
             sources = [_source(i, item) for i, item in enumerate(plan.items)]
-            sources.sort(key=lambda source: self._numbers[source.name])  # stable; what a reshard reads together lies together
-            self._laid_out = (plan, lay_out(sources))
-        return replace(plan, storage_data=self._laid_out[1])
+            self._laid_out = (plan, shard_layout(self._rank, sources, self._numbers, self._classes))
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        views = [planner.resolve_data(item) for item in plan.items]
-        self._files, places = write_images(self._storage, self._folder, self._rank, plan.storage_data, views, self._stager)  # type: ignore[arg-type]
+        assert self._laid_out is not None
+        assert self._sink is not None
+        assert isinstance(planner, ShardSavePlanner)
+        self._sink(self._laid_out[1], planner.views(plan))
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, places[i].nbytes, (item, places[i])) for i, item in enumerate(plan.items)])
+        done.set_result([])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks = tuple(self._chunk(*result.storage_data) for result in results[0])
-        index, self.index_entry = encode_index(RankIndex(self._rank, tuple(self._files), chunks, self._record), self._classes)
-        write_whole(self._storage, f"{self._folder}/{index_name(self._rank)}", index)
-        self._storage.sync_folder(self._folder)
-        self.bytes_written = len(index) + sum(file.size_bytes for file in self._files)
-
-    def _chunk(self, item: WriteItem, place: Written) -> Chunk:
-        data = item.tensor_data
-        assert data is not None
-        return Chunk(
-            self._numbers[item.index.fqn], tuple(data.chunk.offsets), tuple(data.chunk.sizes), place.file, place.offset, place.nbytes, place.digests
-        )
+        """Whoever wrote the files has written their index, with checksums; the manifest follows when all ranks have."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -302,7 +297,7 @@ class ShardReader(StorageReader):
 
 
 def save(shards: Sequence[Shard], writer: ShardWriter, planner: ShardSavePlanner) -> None:
-    """Write this rank's part. No communication."""
+    """Give this rank's part to the writer's sink. No communication."""
     with _local_call():
         dcp.save({_KEY: planner.handles(shards)}, storage_writer=writer, planner=planner, no_dist=True)
 

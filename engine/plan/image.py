@@ -1,8 +1,7 @@
 """A rank's files as images in memory: header, then boxes at their final offsets."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
@@ -23,14 +22,33 @@ class Source(Struct, frozen=True, gc=False):
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Struct, frozen=True, gc=False):
     """One file. ``entries[i]`` is the box of ``items[i]``; data begins at ``len(header)`` and has no holes."""
 
     header: bytes
     entries: tuple[Entry, ...]
     items: tuple[int, ...]
     data_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+
+class ShardLayout(Struct, frozen=True, gc=False):
+    """All that a rank writes of one plan, but for the bytes: its files, the numbers in the manifest of their entries' tensors, and the
+    geometry classes that its index is paged by. Plain data: a writer process gets it once."""
+
+    rank: int
+    images: tuple[Image, ...]
+    numbers: tuple[tuple[int, ...], ...]
+    classes: tuple[int, ...]
+
+
+def shard_layout(rank: int, sources: Sequence[Source], numbers: Mapping[str, int], classes: Sequence[int]) -> ShardLayout:
+    """``numbers``: of each tensor in the manifest. What a reshard reads together lies together."""
+    images = lay_out(sorted(sources, key=lambda source: numbers[source.name]))  # stable
+    return ShardLayout(rank, tuple(images), tuple(tuple(numbers[entry.name] for entry in image.entries) for image in images), tuple(classes))
 
 
 def lay_out(sources: Sequence[Source]) -> list[Image]:

@@ -104,6 +104,12 @@ class PlainAdapter:
         whole = replicated()
         return [_piece(name, p, whole) for name, p in self.names.parameters.items() if id(p) not in optimized]
 
+    def anchors(self) -> list[torch.Tensor]:
+        return []  # the parameters themselves
+
+    def pending(self) -> str:
+        return ""  # a loop's own accumulation is not to be seen from here
+
     def counters(self) -> dict[str, Any]:
         return {}
 

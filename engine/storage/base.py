@@ -51,8 +51,8 @@ class Storage(Protocol):
 
     def open(self, path: str) -> Reader: ...
 
-    def create(self, path: str) -> Writer:
-        """A new file; an existing one of that name is an error."""
+    def create(self, path: str, size_bytes: int = 0) -> Writer:
+        """A new file; an existing one of that name is an error. ``size_bytes``: how large it will be, where that is known."""
         ...
 
     def make_folder(self, path: str) -> None:

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.pool import Pools
-from engine import Checkpointer, catalog
+from engine import catalog
 from engine.cli.diff import diff
 from engine.errors import EngineError
 from engine.storage import LocalStorage
 from recipes import causvid
 from recipes.lib.parallel import TorchTrainable
 from recipes.lib.world import World
+from tests.now import Checkpointer
 from tests.recipes.conftest import SMALL
 
 pytestmark = pytest.mark.timeout(300)  # DeepSpeed may have to build its C++ op first

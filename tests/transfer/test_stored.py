@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.errors import CheckpointCorrupt, CheckpointNotFound
 from engine.format.manifest import PAGE_CHUNKS
 from engine.storage import LocalStorage
 from engine.transfer.stored import StoredCheckpoint
+from tests.now import Checkpointer
 from tests.tiny import forge, make, same, save, state
 
 
