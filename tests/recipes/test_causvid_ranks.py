@@ -19,7 +19,7 @@ from engine.storage import LocalStorage
 from recipes import causvid
 from recipes.lib.parallel import TorchTrainable
 from recipes.lib.world import World
-from tests.now import Checkpointer
+from engine import Checkpointer
 from tests.recipes.conftest import SMALL
 
 pytestmark = pytest.mark.timeout(300)  # DeepSpeed may have to build its C++ op first
