@@ -255,8 +255,9 @@ class _Unread:
     def __init__(self) -> None:
         self.needed_bytes = self.header_bytes = self.files = self.reads = 0
 
-    def __call__(self, stored: StoredCheckpoint, rank: int, number: int, *args: object) -> "_Unread":
-        self._index = stored.index(rank)
+    def __call__(self, reads: read.Reads, file: read.File, *args: object) -> "_Unread":
+        rank, number = file
+        self._index = reads.stored.index(rank)
         self.header_bytes += self._index.files[number].header_bytes
         self.files += 1
         return self
@@ -284,7 +285,7 @@ def load(storage: LocalStorage, folder: str, tensors: Sequence[LogicalTensor], r
     stored = StoredCheckpoint(counted, folder)  # pyright: ignore[reportArgumentType]  # a load only opens
     opened = time.perf_counter()
     pairs = match(tensors, stored.tensors, {}, Allow()).pairs
-    with mock.patch.object(read, "_FileReader", unread):
+    with mock.patch.object(read, "FileReader", unread):
         data_bytes = dcp.load([dcp.Pairing(shard, pairs[shard.name]) for shard in shards], stored, rank)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     root_bytes = sum(counted.read.pop(stored.path(MANIFEST)))

@@ -33,6 +33,7 @@ from engine.sync import compare, current_ranks
 from engine.transfer import replicas
 from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
 from engine.transfer.compare import differences
+from engine.transfer.exchange import process_group
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
@@ -338,7 +339,9 @@ class Checkpointer:
         ranks.gather("compare the checkpoint with this run", load.compare)
         self._spoiled = str(stored.where)
         try:
-            bytes_read = sum(ranks.gather("read the shards", load.fill))
+            shared = any(ranks.gather("plan the reads", load.plan))
+            with process_group(ranks.timeout_seconds) if shared else contextlib.nullcontext() as group:
+                bytes_read = sum(ranks.gather("read the shards", lambda: load.fill(group)))
             ranks.gather("restore counters and hyper-parameters", load.restore)
             ranks.gather("derive the weights from their masters", self._members.publish)
             ranks.gather("restore the random state", lambda: self._go_on(load, root, folder))

@@ -1,6 +1,6 @@
 """What a load reads: the block runs of stored chunks, sorted by file and offset, neighbours joined."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -9,8 +9,8 @@ from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Absent, LogicalTensor
 from engine.state.boxes import Box, flat_span, intersect, part_box, writers
 
-RUN_BYTES = 16 * 1024 * 1024
-"""The longest run that is read at once: the memory a load needs beyond its targets."""
+RUN_BYTES = 4 * 1024 * 1024
+"""The longest run that is read at once: as much as stays in a processor's cache until it is verified."""
 
 
 def wants(tensor: LogicalTensor, target: Box) -> Iterator[tuple[int, Box, Box]]:
@@ -51,27 +51,40 @@ class Slice(Struct, frozen=True, gc=False):
     needs: tuple[Need, ...]
 
 
-def slices(needs: Iterable[Need]) -> Iterator[Slice]:
-    """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``."""
-    by_chunk: dict[int, tuple[Need, ...]] = {}
+def slices(needs: Iterable[Need], step_bytes: int = 0, mine: Callable[[Need, int], bool] | None = None) -> Iterator[Slice]:
+    """The blocks of one file that the needs touch, in file order, each once. Cut at every multiple of ``step_bytes`` (``RUN_BYTES``)
+    from the start of a chunk; only the pieces of which ``mine`` says so, given one of the chunk's needs and the first block."""
+    by_chunk: dict[int, list[Need]] = {}
     for need in needs:
-        by_chunk[need.chunk] = (*by_chunk.get(need.chunk, ()), need)
-    per_piece = RUN_BYTES // BLOCK_BYTES
-    for group in sorted(by_chunk.values(), key=lambda group: group[0].begin):
+        if need.chunk in by_chunk:
+            by_chunk[need.chunk].append(need)
+        else:
+            by_chunk[need.chunk] = [need]
+    per_piece = (step_bytes or RUN_BYTES) // BLOCK_BYTES
+    for group in sorted(by_chunk.values(), key=_begin):
         chunk = group[0]
         if chunk.nbytes <= BLOCK_BYTES:
-            yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, group)
+            if mine is None or mine(chunk, 0):
+                yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, tuple(group))
             continue
-        spans = [(need, *_block_span(need)) for need in group]
+        spans = [(need, *block_span(need)) for need in group]
         for first, stop in _union([(first, stop) for _, first, stop in spans]):
-            for low in range(first, stop, per_piece):
-                high = min(low + per_piece, stop)
-                served = tuple(need for need, a, b in spans if a < high and b > low)
-                size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
-                yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
+            low = first
+            while low < stop:
+                high = min((low // per_piece + 1) * per_piece, stop)
+                if mine is None or mine(chunk, low):
+                    served = tuple(need for need, a, b in spans if a < high and b > low)
+                    size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
+                    yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
+                low = high
 
 
-def _block_span(need: Need) -> tuple[int, int]:
+def _begin(group: list[Need]) -> int:
+    return group[0].begin
+
+
+def block_span(need: Need) -> tuple[int, int]:
+    """The blocks [first, stop) of its chunk that hold the first and the last of the elements, and all between."""
     width = ITEM_BYTES[need.dtype]
     low, high = flat_span(need.sizes, need.inner)
     return low * width // BLOCK_BYTES, -(-high * width // BLOCK_BYTES)

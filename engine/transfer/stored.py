@@ -75,6 +75,8 @@ class StoredIndex:
         return self._page(page).get((tensor, offsets)) if page >= 0 else None
 
     def chunk(self, number: int) -> Chunk:
+        if number not in self._chunks:
+            self._page(bisect_right(self._starts, number) - 1)
         return self._chunks[number]
 
     def record(self) -> bytes:
@@ -150,6 +152,8 @@ class StoredCheckpoint:
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}
         self._indexes: dict[int, StoredIndex] = {}
+        self.sound_headers: set[tuple[int, int]] = set()
+        """Of the shard files whose header has been verified: writing rank, and which of its files."""
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
