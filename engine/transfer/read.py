@@ -1,5 +1,6 @@
 """Read: sorted range reads, every block verified before its elements reach their targets."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -162,16 +163,22 @@ class FileReader:
     def read_direct(self, direct: Direct) -> None:
         """Verified where they lie: a load that fails says that live state is partly overwritten anyway."""
 
-        def read(one: tuple[Slice, memoryview]) -> None:
-            piece, target = one
-            self._reader.read_into(piece.offset, target)
-            self._verify(self._index.chunk(piece.chunk), piece, target)
+        left = deque(direct)
+
+        def read_some(_: int) -> None:
+            while left:
+                try:
+                    piece, target = left.popleft()
+                except IndexError:  # another thread has taken it
+                    return
+                self._reader.read_into(piece.offset, target)
+                self._verify(self._index.chunk(piece.chunk), piece, target)
 
         if len(direct) < 2:
-            list(map(read, direct))
+            read_some(0)
         else:
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(read, direct))
+                list(pool.map(read_some, range(_THREADS)))
         self.bytes_read += sum(piece.nbytes for piece, _ in direct)
 
     def read(self, run: list[Slice]) -> None:
