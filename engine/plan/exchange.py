@@ -1,22 +1,25 @@
 """Which rank reads what, where several need it: the *homes* of a checkpoint's bytes. Pure, and computed alike by all ranks.
 
-A chunk is cut into fixed pieces, from its first block on. Each piece has one home, which reads and verifies what is needed of it
-and sends every other rank its elements, in the order of the chunk. A rank of an unchanged sharding is the home of what it needs.
+Each block of a chunk has one home, which reads and verifies it where it is needed, and sends every other rank its elements, in the
+order of the chunk. A rank of an unchanged sharding is the home of all that it needs, and so it nearly is where a sharding only
+became finer or coarser.
 """
 
 from collections.abc import Iterable, Iterator
 
 from msgspec import Struct
 
-from engine.format.checksum import BLOCK_BYTES
+from engine.format.checksum import BLOCK_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
-from engine.plan.reads import Need, Slice, block_span
+from engine.plan.reads import Cut, Need, Slice, block_span
 from engine.state.boxes import Box, flat_to_boxes, intersect
 
-PIECE_BYTES = 4 * 1024 * 1024
-"""What one rank reads of a file before it is the next one's turn, where a file has several homes."""
+SEGMENT_BYTES = 4 * 1024 * 1024
+"""What lies together in a file has one home as far as this, where it is too small to be shared."""
 CELL_BYTES = 1024 * 1024
-"""The most that is sent in one item: divides ``PIECE_BYTES``."""
+"""The most that is sent in one item."""
+_SHARE_BLOCKS = 2
+"""The least of a chunk that is worth a read of its own."""
 PARCEL_BYTES = 16 * 1024 * 1024
 """The most that a rank sends, and is sent, at a time (but one item from each home, at the least)."""
 
@@ -32,24 +35,33 @@ class Homes(Struct, frozen=True, gc=False):
         first = writer * self.world_size // self.saved_on
         return range(first, max(first + 1, (writer + 1) * self.world_size // self.saved_on))
 
-    def at(self, writer: int, position: int) -> int:
-        """The home of what begins ``position`` bytes after a file's header. What is small and lies together has one home."""
-        ranks = self.of_writer(writer)
-        return ranks[position // PIECE_BYTES % len(ranks)]
+    def shares(self, writer: int, position: int, nbytes: int) -> list[tuple[int, int]]:
+        """The homes of a chunk that begins ``position`` bytes after its file's header, in order, each with the block where its share
+        ends. A finer sharding cuts a chunk in as many, so that a rank's share is mostly its own."""
+        ranks, blocks = self.of_writer(writer), block_count(nbytes)
+        if len(ranks) > 1 and blocks >= _SHARE_BLOCKS * len(ranks):
+            return [(rank, -(-blocks * (i + 1) // len(ranks))) for i, rank in enumerate(ranks)]
+        return [(ranks[position // SEGMENT_BYTES % len(ranks)], blocks)]
 
-    def of_block(self, writer: int, position: int, block: int) -> int:
-        """The home of a block in the chunk that begins at ``position``."""
-        return self.at(writer, position + block * BLOCK_BYTES // PIECE_BYTES * PIECE_BYTES)
 
-    def of_need(self, writer: int, position: int, need: Need) -> set[int]:
-        """All homes of a need, whose chunk begins at ``position``."""
-        ranks = self.of_writer(writer)
-        if len(ranks) == 1:
-            return {ranks[0]}
-        first, stop = block_span(need)
-        per_piece = PIECE_BYTES // BLOCK_BYTES
-        pieces = range(first // per_piece, min((stop - 1) // per_piece, first // per_piece + len(ranks)) + 1)
-        return {self.at(writer, position + piece * PIECE_BYTES) for piece in pieces}
+def homes_of(need: Need, shares: list[tuple[int, int]]) -> list[int]:
+    """Those of whose shares a need touches blocks."""
+    if len(shares) == 1:
+        return [shares[0][0]]
+    first, stop = block_span(need)
+    begins = [0, *(end for _, end in shares)]
+    return [home for (home, end), begin in zip(shares, begins, strict=False) if begin < stop and first < end]
+
+
+def cells(shares: list[tuple[int, int]], home: int) -> Cut:
+    """How the blocks of a chunk are cut for ``home``: see :func:`engine.plan.reads.slices`. The same for whoever computes it."""
+    per_cell = CELL_BYTES // BLOCK_BYTES
+
+    def cut(block: int) -> tuple[int, bool]:
+        owner, end = next(share for share in shares if block < share[1])
+        return min(end, (block // per_cell + 1) * per_cell), owner == home
+
+    return cut
 
 
 def overlaps(piece: Slice, need: Need) -> Iterator[tuple[int, Box, Box]]:

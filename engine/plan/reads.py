@@ -51,32 +51,41 @@ class Slice(Struct, frozen=True, gc=False):
     needs: tuple[Need, ...]
 
 
-def slices(needs: Iterable[Need], step_bytes: int = 0, mine: Callable[[Need, int], bool] | None = None) -> Iterator[Slice]:
-    """The blocks of one file that the needs touch, in file order, each once. Cut at every multiple of ``step_bytes`` (``RUN_BYTES``)
-    from the start of a chunk; only the pieces of which ``mine`` says so, given one of the chunk's needs and the first block."""
+Cut = Callable[[int], tuple[int, bool]]
+"""Given a block of a chunk: the block at which the piece that it is in ends at the latest, and whether that piece is wanted."""
+
+
+def slices(needs: Iterable[Need], cut_of: Callable[[Need], Cut] | None = None) -> Iterator[Slice]:
+    """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``, or as ``cut_of`` one
+    of a chunk's needs says."""
     by_chunk: dict[int, list[Need]] = {}
     for need in needs:
         if need.chunk in by_chunk:
             by_chunk[need.chunk].append(need)
         else:
             by_chunk[need.chunk] = [need]
-    per_piece = (step_bytes or RUN_BYTES) // BLOCK_BYTES
     for group in sorted(by_chunk.values(), key=_begin):
-        chunk = group[0]
+        chunk, cut = group[0], cut_of(group[0]) if cut_of else _cut_at_runs
         if chunk.nbytes <= BLOCK_BYTES:
-            if mine is None or mine(chunk, 0):
+            if cut_of is None or cut(0)[1]:
                 yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, tuple(group))
             continue
         spans = [(need, *block_span(need)) for need in group]
         for first, stop in _union([(first, stop) for _, first, stop in spans]):
             low = first
             while low < stop:
-                high = min((low // per_piece + 1) * per_piece, stop)
-                if mine is None or mine(chunk, low):
+                end, wanted = cut(low)
+                high = min(end, stop)
+                if wanted:
                     served = tuple(need for need, a, b in spans if a < high and b > low)
                     size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
                     yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
                 low = high
+
+
+def _cut_at_runs(block: int) -> tuple[int, bool]:
+    per_run = RUN_BYTES // BLOCK_BYTES
+    return (block // per_run + 1) * per_run, True
 
 
 def _begin(group: list[Need]) -> int:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from msgspec import Struct
 
 from engine.errors import PeerError
-from engine.plan.exchange import CELL_BYTES, Round, overlaps, quota
-from engine.plan.reads import Need, Slice, runs, slices
+from engine.plan.exchange import Round, cells, overlaps, quota
+from engine.plan.reads import Cut, Need, Slice, runs, slices
 from engine.state.boxes import Box, whole
 from engine.state.shard import bytes_of
 from engine.transfer.read import Asked, Direct, File, FileReader, Reads, read_buffer, unpack
@@ -125,7 +125,7 @@ class _Exchange:
         reads, buffer = self._reads, read_buffer()
         for file, needs in sorted(self._needs(theirs).items()):
             with FileReader(reads, file, buffer) as reader:
-                direct, gathered = reader.split(slices(needs, CELL_BYTES, self._is_at(reads.rank, file)))
+                direct, gathered = reader.split(slices(needs, self._cells(reads.rank, file)))
                 if direct:
                     self._direct.append((file, direct))
                 for run in runs(gathered):
@@ -137,8 +137,8 @@ class _Exchange:
                                 yield need.requester, reader.packed(run, piece, need)
             self._bytes_read += reader.bytes_read
 
-    def _is_at(self, home: int, file: File) -> Callable[[Need, int], bool]:
-        return lambda need, block: self._reads.home(file, need, block) == home
+    def _cells(self, home: int, file: File) -> Callable[[Need], Cut]:
+        return lambda need: cells(self._reads.shares(file, need), home)
 
     def _needs(self, theirs: Sequence[_Ask]) -> dict[File, list[Need]]:
         """Own and others' of files that this rank is a home of."""
@@ -157,7 +157,7 @@ class _Exchange:
     def _expected(self, home: int, files: dict[File, list[Need]]) -> Iterator[tuple[Slice, Need]]:
         """What a home sends here, in its order."""
         for file, needs in files.items():
-            for piece in slices(needs, CELL_BYTES, self._is_at(home, file)):
+            for piece in slices(needs, self._cells(home, file)):
                 for need in piece.needs:
                     yield piece, need
 

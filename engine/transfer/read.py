@@ -11,7 +11,7 @@ from engine.errors import CheckpointCorrupt
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.manifest import Chunk, FileEntry
-from engine.plan.exchange import Homes, overlaps
+from engine.plan.exchange import Homes, homes_of, overlaps
 from engine.plan.reads import RUN_BYTES, Need, Slice, block_span, runs, slices
 from engine.state.boxes import Box, flat_span
 from engine.state.shard import bytes_of, torch_dtype
@@ -67,26 +67,21 @@ class Reads:
         """Whether another rank is the home of anything that is needed here."""
         own = range(self.rank, self.rank + 1)
         others = {file: needs for file, needs in self.by_file.items() if self.homes.of_writer(file[0]) != own}
-        return any(self._homes_of(file, need) != {self.rank} for file, needs in others.items() for need in needs)
+        return any(homes_of(need, self.shares(file, need)) != [self.rank] for file, needs in others.items() for need in needs)
 
     def asked(self) -> dict[int, dict[File, list[Need]]]:
         """By home what is needed of it, in the order in which it sends: by file, chunk and first block."""
         found: dict[int, dict[File, list[Need]]] = {}
         for file, needs in sorted(self.by_file.items()):
             for need in sorted(needs, key=lambda need: (need.begin, block_span(need)[0])):
-                for home in self._homes_of(file, need):
+                for home in homes_of(need, self.shares(file, need)):
                     found.setdefault(home, {}).setdefault(file, []).append(need)
         return found
 
-    def _homes_of(self, file: File, need: Need) -> set[int]:
-        return self.homes.of_need(file[0], self._position(file, need), need)
-
-    def _position(self, file: File, need: Need) -> int:
-        """Of the need's chunk after the header of its file."""
-        return need.begin - self.stored.index(file[0]).files[file[1]].header_bytes
-
-    def home(self, file: File, need: Need, block: int) -> int:
-        return self.homes.of_block(file[0], self._position(file, need), block)
+    def shares(self, file: File, need: Need) -> list[tuple[int, int]]:
+        """Of the chunk of a need, see :meth:`engine.plan.exchange.Homes.shares`."""
+        position = need.begin - self.stored.index(file[0]).files[file[1]].header_bytes
+        return self.homes.shares(file[0], position, need.nbytes)
 
 
 class Asked(Need, frozen=True, gc=False):
@@ -121,7 +116,7 @@ class FileReader:
         self._stored = reads.stored
         self._targets = reads.targets
         self._rank, self._number = file
-        self._checks_header = reads.homes.at(self._rank, 0) == reads.rank
+        self._checks_header = reads.homes.of_writer(self._rank)[0] == reads.rank
         self._index = reads.stored.index(self._rank)
         self._file: FileEntry = self._index.files[self._number]
         self._buffer = buffer
