@@ -52,15 +52,20 @@ class Reads:
         self.by_file: dict[File, list[Need]] = {}
         for i, request in enumerate(requests):
             number, chunk = stored.chunk(request.tensor, request.offsets, request.rank)
-            if request.inner.sizes != chunk.sizes and not _fits(request.inner, chunk.sizes):
-                needed = [o + n for o, n in zip(request.inner.offsets, request.inner.sizes, strict=True)]
+            inner = request.inner
+            if inner.sizes != chunk.sizes and not _fits(inner, chunk.sizes):
+                needed = [o + n for o, n in zip(inner.offsets, inner.sizes, strict=True)]
                 raise CheckpointCorrupt(
                     f"{stored.where}, written by rank {request.rank}: {request.tensor} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
                     f"but elements up to {needed} of it are needed. {REMEDY}"
                 )
             if chunk.nbytes:
-                need = Need(i, number, chunk.sizes, request.inner, stored.tensors[request.tensor].dtype, chunk.offset, chunk.nbytes)
-                self.by_file.setdefault((request.rank, chunk.file), []).append(need)
+                need = Need(i, number, chunk.sizes, inner, stored.tensors[request.tensor].dtype, chunk.offset, chunk.nbytes)
+                file = (request.rank, chunk.file)
+                if file in self.by_file:
+                    self.by_file[file].append(need)
+                else:
+                    self.by_file[file] = [need]
 
     @property
     def is_shared(self) -> bool:
@@ -148,7 +153,7 @@ class FileReader:
         """Which are read straight into their targets, and which through the buffer."""
         direct, gathered = [], []
         for piece in pieces:
-            target = self._target_memory(piece)
+            target = self._target_memory(piece) if piece.nbytes >= DIRECT_BYTES else None
             if target is None:
                 gathered.append(piece)
             else:
@@ -188,7 +193,7 @@ class FileReader:
 
     def _target_memory(self, piece: Slice) -> memoryview | None:
         """Where a large slice can be read straight to: one contiguous CPU target takes it whole, rows and dtype alike."""
-        if piece.nbytes < DIRECT_BYTES or len(piece.needs) != 1 or isinstance(piece.needs[0], Asked):
+        if len(piece.needs) != 1 or isinstance(piece.needs[0], Asked):
             return None
         need = piece.needs[0]
         target = self._targets[need.item]
