@@ -23,6 +23,7 @@ from engine.format.layout import REPLICATED, Flat, Grid, Layout, LogicalTensor, 
 from engine.format.manifest import MANIFEST, IndexEntry, Line, Manifest, Summary
 from engine.format.names import step_name
 from engine.format.record import encode_record
+from engine.plan import reads
 from engine.plan.image import Image
 from engine.plan.match import Allow, match
 from engine.plan.reads import Need, runs, slices
@@ -141,6 +142,7 @@ def _forget() -> None:
     """What is timed begins as in a new process: boxes that other ranks here have computed are none of its business."""
     boxes._held_boxes.cache_clear()
     boxes._writers.cache_clear()
+    reads.sources.cache_clear()
 
 
 # ---------------------------------------------------------------------- save
@@ -255,9 +257,9 @@ class _Unread:
     def __init__(self) -> None:
         self.needed_bytes = self.header_bytes = self.files = self.reads = 0
 
-    def __call__(self, reads: read.Reads, file: read.File, *args: object) -> "_Unread":
+    def __call__(self, needed: read.Reads, file: read.File, *args: object) -> "_Unread":
         rank, number = file
-        self._index = reads.stored.index(rank)
+        self._index = needed.stored.index(rank)
         self.header_bytes += self._index.files[number].header_bytes
         self.files += 1
         return self

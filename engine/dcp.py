@@ -32,8 +32,8 @@ from engine.errors import CheckpointCorrupt, UsageError
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode_index, index_name
 from engine.plan.image import Image, Source, lay_out
-from engine.plan.reads import absent, wants
-from engine.state.boxes import Box, shift, written_boxes
+from engine.plan.reads import absent, sources
+from engine.state.boxes import Box, written_boxes
 from engine.state.shard import Shard, dtype_name, torch_dtype
 from engine.storage import Storage
 from engine.transfer.exchange import exchange
@@ -219,21 +219,22 @@ class ShardLoadPlanner(LoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         if self._plan is None:
-            self._plan = LoadPlan([], planner_data=[request for pairing in self._pairings for request in self._requests(pairing)])
+            requests: list[Request] = []
+            for pairing in self._pairings:
+                self._add_requests(pairing, requests)
+            self._plan = LoadPlan([], planner_data=requests)
         return self._plan
 
-    def _requests(self, pairing: Pairing) -> Iterator[Request]:
-        stored = pairing.stored
+    def _add_requests(self, pairing: Pairing, requests: list[Request]) -> None:
+        stored, name = pairing.stored, pairing.stored.name
         for box, view in pairing.shard.held(self._rank):
-            missing = box.numel
-            for rank, source, overlap in wants(stored, box):
-                missing -= overlap.numel
-                target = view if overlap == box else part(view, box, overlap)
-                yield Request(stored.name, rank, source.offsets, shift(overlap, source.offsets, -1), target)
+            found, missing = sources(stored.shape, stored.parts, box)
+            for rank, offsets, inner, overlap in found:
+                requests.append(Request(name, rank, offsets, inner, part(view, box, overlap)))
             if missing:
                 missing -= _fill_absent(stored, box, view, pairing.kept_from)
             if missing:
-                raise CheckpointCorrupt(f"{stored.name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
+                raise CheckpointCorrupt(f"{name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan

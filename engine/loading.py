@@ -117,13 +117,15 @@ class Loading:
         """Everything in place; returns the bytes that this rank read. ``group``: see :meth:`engine.dcp.ShardLoad.run`."""
         bytes_read = self._bytes_read + self._load.run(group)
         for pairing in self._pairings:
-            if self._matched.extended.get(pairing.shard.name) == "mean":
+            if pairing.kept_from is not None and self._matched.extended[pairing.shard.name] == "mean":
                 self._fill_with_mean(pairing)
-            self._note_absent(pairing)
+            if _has_absent(pairing.shard.tensor) or _has_absent(pairing.stored):
+                self._note_absent(pairing)
         return bytes_read
 
     def _pairing(self, shard: Shard, stored: LogicalTensor) -> dcp.Pairing:
-        kept = self._matched.extended.get(shard.name) in ("keep", "mean")
+        extended = self._matched.extended
+        kept = bool(extended) and extended.get(shard.name) in ("keep", "mean")
         return dcp.Pairing(shard, stored, self.stored.tensors[stored.name].shape[0] if kept else None)
 
     @torch.no_grad()
@@ -193,3 +195,7 @@ class Loading:
         for what, names in (("kept as they were", matched.missing), ("left out", matched.unexpected), ("converted", matched.cast)):
             if names:
                 logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")
+
+
+def _has_absent(tensor: LogicalTensor) -> bool:
+    return any(type(part.layout) is Absent for part in tensor.parts)

@@ -1,13 +1,14 @@
 """What a load reads: the block runs of stored chunks, sorted by file and offset, neighbours joined."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
 from engine.format.checksum import BLOCK_BYTES
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import Absent, LogicalTensor
-from engine.state.boxes import Box, flat_span, intersect, part_box, writers
+from engine.format.layout import Absent, LogicalTensor, Part
+from engine.state.boxes import Box, flat_span, intersect, part_box, shift, writers
 
 RUN_BYTES = 4 * 1024 * 1024
 """The longest run that is read at once: as much as stays in a processor's cache until it is verified."""
@@ -17,6 +18,17 @@ def wants(tensor: LogicalTensor, target: Box) -> Iterator[tuple[int, Box, Box]]:
     """The parts of ``target`` as (rank that wrote it, the stored box it lies in, the overlap). Absent elements are in none."""
     for part in tensor.parts:
         yield from writers(tensor, part, target)
+
+
+@lru_cache(maxsize=64)  # ten thousand tensors share a few dozen shapes and rules; few, because one answer may name thousands of ranks
+def sources(shape: tuple[int, ...], parts: tuple[Part, ...], target: Box) -> tuple[tuple[tuple[int, tuple[int, ...], Box, Box], ...], int]:
+    """What of ``target`` is stored, as (rank that wrote it, offsets of its chunk, the box inside that, the box itself); and how many
+    elements are not."""
+    found, missing = [], target.numel
+    for rank, source, overlap in wants(LogicalTensor("", "", shape, parts), target):
+        missing -= overlap.numel
+        found.append((rank, source.offsets, shift(overlap, source.offsets, -1), overlap))
+    return tuple(found), missing
 
 
 def absent(tensor: LogicalTensor, target: Box) -> Iterator[tuple[Box, float]]:
