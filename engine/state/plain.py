@@ -124,5 +124,6 @@ class PlainAdapter:
 
 
 def _piece(name: str, parameter: nn.Parameter, whole: Grid) -> Piece:
-    layout = layout_of(parameter) if isinstance(parameter, DTensor) else whole
-    return Piece(name, tuple(parameter.shape), layout, local_of(parameter))
+    if isinstance(parameter, DTensor):
+        return Piece(name, tuple(parameter.shape), layout_of(parameter), local_of(parameter))
+    return Piece(name, tuple(parameter.shape), whole, parameter.detach())

@@ -187,9 +187,12 @@ class FileReader:
         size_bytes = run[-1].offset + run[-1].nbytes - begin
         self._reader.read_into(begin, self._bytes[:size_bytes])
         self.bytes_read += size_bytes
+        chunk_of, data = self._index.chunk, self._bytes
         for piece in run:
-            low = piece.offset - begin
-            self._verify(self._index.chunk(piece.chunk), piece, self._bytes[low : low + piece.nbytes])
+            low, chunk = piece.offset - begin, chunk_of(piece.chunk)
+            is_sound = len(chunk.digests) == DIGEST_BYTES and digest(data[low : low + piece.nbytes]) == chunk.digests
+            if not is_sound:
+                self._verify(chunk, piece, data[low : low + piece.nbytes])
 
     def _target_memory(self, piece: Slice) -> memoryview | None:
         """Where a large slice can be read straight to: one contiguous CPU target takes it whole, rows and dtype alike."""
@@ -232,21 +235,22 @@ class FileReader:
     def take(self, run: list[Slice]) -> None:
         """Copy from the run that was read last: chunks that are wanted whole in one batch, pieces of chunks one by one."""
         begin = run[0].offset
-        whole: dict[str, list[tuple[int, Chunk, torch.Tensor]]] = {}
+        whole: dict[str, list[tuple[int, Need]]] = {}
         for piece in run:
             low = piece.offset - begin
             for need in piece.needs:
-                if isinstance(need, Asked):
-                    continue
-                target = self._targets[need.item]
                 if piece.nbytes == need.nbytes and need.inner.sizes == need.sizes:
-                    whole.setdefault(need.dtype, []).append((low, self._index.chunk(piece.chunk), target))
-                else:
-                    flat = self._elements(low, piece.nbytes, need.dtype)
+                    if type(need) is Need:
+                        if need.dtype not in whole:
+                            whole[need.dtype] = []
+                        whole[need.dtype].append((low, need))
+                elif type(need) is Need:
+                    flat, target = self._elements(low, piece.nbytes, need.dtype), self._targets[need.item]
                     for position, box, overlap in overlaps(piece, need):
                         part(target, need.inner, overlap).copy_(part(flat[position : position + box.numel].view(box.sizes), box, overlap))
+        targets = self._targets
         for dtype, chunks in whole.items():
-            torch._foreach_copy_([target for *_, target in chunks], self._views(dtype, chunks))
+            torch._foreach_copy_([targets[need.item] for _, need in chunks], self._views(dtype, chunks))
 
     def packed(self, run: list[Slice], piece: Slice, need: Need) -> torch.Tensor:
         """The bytes of the elements of ``need`` in a piece of the run that was read last, in the chunk's order: a copy."""
@@ -257,15 +261,15 @@ class FileReader:
             parts.append(found.reshape(-1))
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
-    def _views(self, dtype: str, chunks: list[tuple[int, Chunk, torch.Tensor]]) -> list[torch.Tensor]:
+    def _views(self, dtype: str, chunks: list[tuple[int, Need]]) -> list[torch.Tensor]:
         """The chunks' elements in the buffer: one split where they lie without gaps, which they nearly always do."""
-        first, last = chunks[0][0], chunks[-1][0] + chunks[-1][1].nbytes
-        if last - first == sum(chunk.nbytes for _, chunk, _ in chunks) and len({low for low, *_ in chunks}) == len(chunks):
-            width = ITEM_BYTES[dtype]
-            flats = self._elements(first, last - first, dtype).split([chunk.nbytes // width for _, chunk, _ in chunks])
+        sizes = [need.nbytes for _, need in chunks]
+        if all(low + size == after for (low, _), size, (after, _) in zip(chunks, sizes, chunks[1:], strict=False)):
+            width, first = ITEM_BYTES[dtype], chunks[0][0]
+            flats = self._elements(first, sum(sizes), dtype).split([size // width for size in sizes])
         else:
-            flats = [self._elements(low, chunk.nbytes, dtype) for low, chunk, _ in chunks]
-        return [flat if len(chunk.sizes) == 1 else flat.view(chunk.sizes) for flat, (_, chunk, _) in zip(flats, chunks, strict=True)]
+            flats = [self._elements(low, need.nbytes, dtype) for low, need in chunks]
+        return [flat if len(need.sizes) == 1 else flat.view(need.sizes) for flat, (_, need) in zip(flats, chunks, strict=True)]
 
     def _elements(self, low: int, nbytes: int, dtype: str) -> torch.Tensor:
         data = self._buffer[low : low + nbytes]
