@@ -198,4 +198,7 @@ class Loading:
 
 
 def _has_absent(tensor: LogicalTensor) -> bool:
-    return any(type(part.layout) is Absent for part in tensor.parts)
+    for part in tensor.parts:  # noqa: SIM110 - a generator a tensor costs more than the rest
+        if type(part.layout) is Absent:
+            return True
+    return False

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,7 +27,11 @@ T = TypeVar("T")
 
 _MORE, _DONE, _FAILED = 0, 1, 2
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 _Inner = tuple[tuple[int, ...], tuple[int, ...]]
+_Parcels = list[list[torch.Tensor]]
+"""Bytes in pieces, one list a rank."""
 
 
 class _Ask(Struct, frozen=True, array_like=True):
@@ -61,7 +66,7 @@ class _Exchange:
     def __init__(self, reads: Reads, channel: "_Channel") -> None:
         self._reads, self._channel = reads, channel
         self._failure: Exception | None = None
-        self._direct: list[tuple[File, Direct]] = []
+        self._own: list[tuple[File, Direct, list[list[Slice]]]] = []
         self._bytes_read = 0
 
     def run(self) -> int:
@@ -74,13 +79,13 @@ class _Exchange:
             if arriving is not None:
                 self._take(arriving, streams)
             status = _FAILED if self._failure else _DONE if parcels is None else _MORE
-            parcels = parcels or [torch.empty(0, dtype=torch.uint8)] * self._reads.world_size
-            sizes, statuses = self._channel.announce([parcel.numel() for parcel in parcels], status)
+            parcels = parcels or [[] for _ in range(self._reads.world_size)]
+            sizes, statuses = self._channel.announce(parcels, status)
             if _FAILED in statuses:
                 break
             if _MORE not in statuses:
                 self._check_end(streams)
-                self._read_direct()
+                self._read_own()
                 break
             arriving = self._channel.send(parcels, sizes)
         if self._failure:
@@ -95,40 +100,42 @@ class _Exchange:
             for home in range(self._reads.world_size)
         ]
         asks[rank] = _Ask(0, [])
-        letters = [torch.frombuffer(bytearray(msgspec.msgpack.encode(ask)), dtype=torch.uint8) for ask in asks]
-        sizes, _ = self._channel.announce([letter.numel() for letter in letters], _MORE)
+        letters = [[torch.frombuffer(bytearray(msgspec.msgpack.encode(ask)), dtype=torch.uint8)] for ask in asks]
+        sizes, _ = self._channel.announce(letters, _MORE)
         return [msgspec.msgpack.decode(bytes(bytes_of(letter)), type=_Ask) for letter in self._channel.send(letters, sizes).wait()]
 
-    def _next(self, rounds: Iterator[list[torch.Tensor]]) -> list[torch.Tensor] | None:
+    def _next(self, rounds: Iterator[_Parcels]) -> _Parcels | None:
         try:
             return None if self._failure else next(rounds, None)
         except Exception as e:  # noqa: BLE001 - whatever it is, the others must learn of it
             self._failure = e
             return None
 
-    def _rounds(self, theirs: Sequence[_Ask]) -> Iterator[list[torch.Tensor]]:
+    def _rounds(self, theirs: Sequence[_Ask]) -> Iterator[_Parcels]:
         """What goes to each rank, a round at a time."""
-        quotas, boxes = [ask.quota_bytes for ask in theirs], [list[torch.Tensor]() for _ in theirs]
-        now = Round(quotas)
+        quotas = [ask.quota_bytes for ask in theirs]
+        now, parcels = Round(quotas), [list[torch.Tensor]() for _ in theirs]
         for requester, data in self._items(theirs):
             if not now.fits(requester, data.numel()):
-                yield [_joined(box) for box in boxes]
-                now, boxes = Round(quotas), [[] for _ in theirs]
+                yield parcels
+                now, parcels = Round(quotas), [[] for _ in theirs]
             now.add(requester, data.numel())
-            boxes[requester].append(data)
+            parcels[requester].append(data)
         if now.total:
-            yield [_joined(box) for box in boxes]
+            yield parcels
 
     def _items(self, theirs: Sequence[_Ask]) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read all of which this rank is the home; yields (requester, bytes) in file order. What only this rank needs, and large
-        enough, is left for the end: nobody waits for it."""
+        """Read all of which this rank is the home; yields (requester, bytes) in file order. Runs that only this rank needs are left for
+        the end: nobody waits for them."""
         reads, buffer = self._reads, read_buffer()
         for file, needs in sorted(self._needs(theirs).items()):
             with FileReader(reads, file, buffer) as reader:
                 direct, gathered = reader.split(slices(needs, self._cells(reads.rank, file)))
-                if direct:
-                    self._direct.append((file, direct))
+                by_others: dict[bool, list[list[Slice]]] = {True: [], False: []}
                 for run in runs(gathered):
+                    by_others[any(isinstance(need, Asked) for piece in run for need in piece.needs)].append(run)
+                self._own.append((file, direct, by_others[False]))
+                for run in by_others[True]:
                     reader.read(run)
                     reader.take(run)
                     for piece in run:
@@ -178,19 +185,24 @@ class _Exchange:
             if any(True for piece, need in stream if any(True for _ in overlaps(piece, need))):
                 self._failure = PeerError(f"rank {home} did not send rank {self._reads.rank} all that it needs; do all ranks run the same version?")
 
-    def _read_direct(self) -> None:
-        for file, direct in self._direct:
-            with FileReader(self._reads, file, torch.empty(0, dtype=torch.uint8)) as reader:
-                reader.read_direct(direct)
-            self._bytes_read += reader.bytes_read
+    def _read_own(self) -> None:
+        buffer = read_buffer()
+        for file, direct, own in self._own:
+            if direct or own:
+                with FileReader(self._reads, file, buffer) as reader:
+                    for run in own:
+                        reader.read(run)
+                        reader.take(run)
+                    reader.read_direct(direct)
+                self._bytes_read += reader.bytes_read
 
 
 def _told(need: Need) -> tuple[int, _Inner | None]:
     return need.chunk, None if need.inner.sizes == need.sizes else (need.inner.offsets, need.inner.sizes)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+def _sizes(parcels: _Parcels) -> list[int]:
+    return [sum(item.numel() for item in parcel) for parcel in parcels]
 
 
 class _Channel:
@@ -199,18 +211,17 @@ class _Channel:
     def __init__(self, rank: int, world_size: int, group: Any) -> None:
         self._rank, self._world_size, self._group = rank, world_size, group
 
-    def announce(self, sizes: Sequence[int], status: int) -> tuple[list[int], list[int]]:
+    def announce(self, parcels: _Parcels, status: int) -> tuple[list[int], list[int]]:
         """Tell every rank how much it will be sent; returns how much each will send here, and their statuses."""
-        mine, others = torch.tensor([[size, status] for size in sizes]), torch.empty((self._world_size, 2), dtype=torch.int64)
+        mine, others = torch.tensor([[size, status] for size in _sizes(parcels)]), torch.empty((self._world_size, 2), dtype=torch.int64)
         self.told(lambda: dist.all_to_all_single(others, mine, group=self._group))
         return others[:, 0].tolist(), others[:, 1].tolist()
 
-    def send(self, parcels: Sequence[torch.Tensor], sizes: Sequence[int]) -> "_Arriving":
-        """``parcels``: one a rank. ``sizes``: of those that arrive."""
-        sent, received = torch.cat(list(parcels)), torch.empty(sum(sizes), dtype=torch.uint8)
-        splits = [parcel.numel() for parcel in parcels]
-        work = self.told(lambda: dist.all_to_all_single(received, sent, list(sizes), splits, group=self._group, async_op=True))
-        return _Arriving(self, work, sent, received, list(sizes))
+    def send(self, parcels: _Parcels, sizes: list[int]) -> "_Arriving":
+        """``sizes``: of the parcels that arrive."""
+        sent, received = torch.cat([_NOTHING, *chain.from_iterable(parcels)]), torch.empty(sum(sizes), dtype=torch.uint8)
+        work = self.told(lambda: dist.all_to_all_single(received, sent, sizes, _sizes(parcels), group=self._group, async_op=True))
+        return _Arriving(self, work, sent, received, sizes)
 
     def told(self, act: Callable[[], T]) -> T:
         try:

@@ -185,7 +185,7 @@ class StoredCheckpoint:
 
     def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
         """The chunk at ``offsets`` of a tensor in ``rank``'s index, and its number there."""
-        index = self.index(rank)
+        index = self._indexes.get(rank) or self.index(rank)
         found = index.find(self._numbers[name], offsets)
         if found is None:
             raise CheckpointCorrupt(
