@@ -131,6 +131,14 @@ def test_a_round_is_bounded_and_never_empty(items, homes):
         assert now.total == sum(now.used)
 
 
+def test_a_rank_of_many_homes_is_sent_little_by_each():
+    now = Round([quota(range(8)), quota(range(1))])
+    while now.fits(0, CELL_BYTES):
+        now.add(0, CELL_BYTES)
+    assert now.used == [PARCEL_BYTES // 8, 0]
+    assert now.fits(1, CELL_BYTES), "others have room left"
+
+
 def _crossing(stored: LogicalTensor, live: LogicalTensor, saved_on: int, world_size: int) -> tuple[int, int]:
     """Elements that are sent from rank to rank, and all that are needed."""
     homes, sent, needed = Homes(saved_on, world_size), 0, 0
