@@ -20,7 +20,7 @@ from engine.transfer.stored import REMEDY, StoredCheckpoint
 
 DIRECT_BYTES = 1024 * 1024
 """Slices from this size on are read straight into their target, where they can be."""
-_THREADS = 4
+_THREADS = 2
 """Of a rank, for these: one reads while another hashes."""
 
 File = tuple[int, int]
