@@ -25,7 +25,7 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	for name in tiny_tensors memory matrix; do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+	for name in tiny_tensors memory matrix reshard; do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --plot benchmarks/results/scale.svg
 
 clean:

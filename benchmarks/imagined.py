@@ -23,6 +23,7 @@ from engine.format.layout import REPLICATED, Flat, Grid, Layout, LogicalTensor, 
 from engine.format.manifest import MANIFEST, IndexEntry, Line, Manifest, Summary
 from engine.format.names import attempt_name, step_name
 from engine.format.record import encode_record
+from engine.plan import reads
 from engine.plan.image import Image, ShardLayout
 from engine.plan.match import Allow, match
 from engine.plan.reads import Need, runs, slices
@@ -142,6 +143,7 @@ def _forget() -> None:
     """What is timed begins as in a new process: boxes that other ranks here have computed are none of its business."""
     boxes._held_boxes.cache_clear()
     boxes._writers.cache_clear()
+    reads.sources.cache_clear()
 
 
 # ---------------------------------------------------------------------- save
@@ -265,8 +267,9 @@ class _Unread:
     def __init__(self) -> None:
         self.needed_bytes = self.header_bytes = self.files = self.reads = 0
 
-    def __call__(self, stored: StoredCheckpoint, rank: int, number: int, *args: object) -> "_Unread":
-        self._index = stored.index(rank)
+    def __call__(self, needed: read.Reads, file: read.File, *args: object) -> "_Unread":
+        rank, number = file
+        self._index = needed.stored.index(rank)
         self.header_bytes += self._index.files[number].header_bytes
         self.files += 1
         return self
@@ -294,7 +297,7 @@ def load(storage: LocalStorage, folder: str, tensors: Sequence[LogicalTensor], r
     stored = StoredCheckpoint(counted, folder)  # pyright: ignore[reportArgumentType]  # a load only opens
     opened = time.perf_counter()
     pairs = match(tensors, stored.tensors, {}, Allow()).pairs
-    with mock.patch.object(read, "_FileReader", unread):
+    with mock.patch.object(read, "FileReader", unread):
         data_bytes = dcp.load([dcp.Pairing(shard, pairs[shard.name]) for shard in shards], stored, rank)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     root_bytes = sum(counted.read.pop(stored.path(MANIFEST)))

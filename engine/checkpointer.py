@@ -36,6 +36,7 @@ from engine.storage import LocalStorage
 from engine.sync import current_ranks
 from engine.transfer import process, replicas
 from engine.transfer.compare import differences
+from engine.transfer.exchange import process_group
 from engine.transfer.process import Settings
 from engine.transfer.runfile import write_run_file
 from engine.transfer.stored import StoredCheckpoint
@@ -379,7 +380,9 @@ class Checkpointer:
         ranks.gather("compare the checkpoint with this run", load.compare)
         self._spoiled = str(stored.where)
         try:
-            bytes_read = sum(ranks.gather("read the shards", load.fill))
+            shared = any(ranks.gather("plan the reads", load.plan))
+            with process_group(ranks.timeout_seconds) if shared else contextlib.nullcontext() as group:
+                bytes_read = sum(ranks.gather("read the shards", lambda: load.fill(group)))
             ranks.gather("restore counters and hyper-parameters", load.restore)
             ranks.gather("derive the weights from their masters", self._members.publish)
             ranks.gather("restore the random state", lambda: self._go_on(load, root, folder))

@@ -7,6 +7,7 @@ layout rules that all ranks know, so there is nothing to gather or scatter, and 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +31,11 @@ from torch.futures import Future
 from engine.errors import CheckpointCorrupt, UsageError
 from engine.format.layout import LogicalTensor
 from engine.plan.image import ShardLayout, Source, shard_layout
-from engine.plan.reads import absent, wants
-from engine.state.boxes import Box, shift, written_boxes
+from engine.plan.reads import absent, sources
+from engine.state.boxes import Box, written_boxes
 from engine.state.shard import Shard, dtype_name, torch_dtype
-from engine.transfer.read import Request, fill
+from engine.transfer.exchange import exchange
+from engine.transfer.read import Reads, Request, fill, part
 from engine.transfer.stored import StoredCheckpoint
 
 _KEY = "state"
@@ -157,8 +159,8 @@ class ShardWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
-            sources = [_source(i, item) for i, item in enumerate(plan.items)]
-            self._laid_out = (plan, shard_layout(self._rank, sources, self._numbers, self._classes))
+            boxes = [_source(i, item) for i, item in enumerate(plan.items)]
+            self._laid_out = (plan, shard_layout(self._rank, boxes, self._numbers, self._classes))
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -206,25 +208,29 @@ class ShardLoadPlanner(LoadPlanner):
     def __init__(self, pairings: Sequence[Pairing], rank: int) -> None:
         self._pairings = pairings
         self._rank = rank
+        self._plan: LoadPlan | None = None
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """The pairings hold all that is needed."""
 
     def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([], planner_data=[request for pairing in self._pairings for request in self._requests(pairing)])
+        if self._plan is None:
+            requests: list[Request] = []
+            for pairing in self._pairings:
+                self._add_requests(pairing, requests)
+            self._plan = LoadPlan([], planner_data=requests)
+        return self._plan
 
-    def _requests(self, pairing: Pairing) -> Iterator[Request]:
-        stored = pairing.stored
+    def _add_requests(self, pairing: Pairing, requests: list[Request]) -> None:
+        stored, name = pairing.stored, pairing.stored.name
         for box, view in pairing.shard.held(self._rank):
-            missing = box.numel
-            for rank, source, overlap in wants(stored, box):
-                missing -= overlap.numel
-                target = view if overlap == box else _part(view, box, overlap)
-                yield Request(stored.name, rank, source.offsets, shift(overlap, source.offsets, -1), target)
+            found, missing = sources(stored.shape, stored.parts, box)
+            for rank, offsets, inner, overlap in found:
+                requests.append(Request(name, rank, offsets, inner, part(view, box, overlap)))
             if missing:
                 missing -= _fill_absent(stored, box, view, pairing.kept_from)
             if missing:
-                raise CheckpointCorrupt(f"{stored.name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
+                raise CheckpointCorrupt(f"{name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan
@@ -250,23 +256,20 @@ def _fill_absent(stored: LogicalTensor, box: Box, view: torch.Tensor, kept_from:
     filled = 0
     for overlap, value in absent(stored, box):
         if kept_from is None or overlap.offsets[0] < kept_from:
-            _part(view, box, overlap).fill_(value)
+            part(view, box, overlap).fill_(value)
         filled += overlap.numel
     return filled
 
 
-def _part(view: torch.Tensor, box: Box, inner: Box) -> torch.Tensor:
-    """The view of ``inner`` in the view of ``box`` around it."""
-    for dim, (offset, base, size) in enumerate(zip(inner.offsets, box.offsets, inner.sizes, strict=True)):
-        view = view.narrow(dim, offset - base, size)
-    return view
-
-
 class ShardReader(StorageReader):
-    """Reads the ranges of a :class:`ShardLoadPlanner`'s plan from a committed step."""
+    """Reads the ranges of a :class:`ShardLoadPlanner`'s plan from a committed step: all that is needed here, or, where :attr:`group` is
+    set, its share of what all ranks need."""
 
-    def __init__(self, stored: StoredCheckpoint) -> None:
+    def __init__(self, stored: StoredCheckpoint, rank: int, world_size: int) -> None:
         self._stored = stored
+        self._rank, self._world_size = rank, world_size
+        self._reads: Reads | None = None
+        self.group: Any = None
         self.bytes_read = 0
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -280,13 +283,16 @@ class ShardReader(StorageReader):
         """The manifest is already read and verified."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        if self._reads is None:
+            self._reads = Reads(self._stored, plan.planner_data, self._rank, self._world_size)
+        return replace(plan, planner_data=self._reads)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self.bytes_read += fill(self._stored, plan.planner_data)
+        reads = plan.planner_data
+        self.bytes_read += exchange(reads, self.group) if self.group is not None else fill(reads)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -302,12 +308,36 @@ def save(shards: Sequence[Shard], writer: ShardWriter, planner: ShardSavePlanner
         dcp.save({_KEY: planner.handles(shards)}, storage_writer=writer, planner=planner, no_dist=True)
 
 
-def load(pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int) -> int:
-    """Fill this rank's live shards in place; returns the bytes read. No communication."""
-    reader = ShardReader(stored)
-    with _local_call(), torch.no_grad():
-        dcp.load({_KEY: {}}, storage_reader=reader, planner=ShardLoadPlanner(pairings, rank), no_dist=True)
-    return reader.bytes_read
+class ShardLoad:
+    """One load of this rank, planned when this is made: from the indexes, without communication.
+
+    Raises :class:`CheckpointCorrupt` where the checkpoint has not all that is needed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int, world_size: int) -> None:
+        self._planner = ShardLoadPlanner(pairings, rank)
+        self._reader = ShardReader(stored, rank, world_size)
+        self._reads: Reads = self._reader.prepare_local_plan(self._planner.create_local_plan()).planner_data
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this rank needs what another one should read for it."""
+        return self._reads.is_shared
+
+    def run(self, group: Any = None) -> int:
+        """Fill this rank's live shards in place; returns the bytes that it read. With a ``group`` every rank calls this: see
+        :func:`engine.transfer.exchange.exchange`. Without one there is no communication."""
+        self._reader.group = group
+        with _local_call(), torch.no_grad():
+            dcp.load({_KEY: {}}, storage_reader=self._reader, planner=self._planner, no_dist=True)
+        return self._reader.bytes_read
+
+
+def load(pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int, world_size: int = 1) -> int:
+    """Fill this rank's live shards in place, reading all of it here; returns the bytes read. No communication. Of ``world_size`` ranks
+    that do so one checks each file's header."""
+    return ShardLoad(pairings, stored, rank, world_size).run()
 
 
 @contextlib.contextmanager

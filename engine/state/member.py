@@ -69,7 +69,8 @@ class Member:
         return [replace(slot, piece=placed(slot.piece)) for slot in self.adapter.slots()] if self.adapter.names.places else self.adapter.slots()
 
     def _others(self) -> list[Piece]:
-        return [self.adapter.names.placed(piece) for piece in self.adapter.others()]
+        placed = self.adapter.names.placed
+        return [placed(piece) for piece in self.adapter.others()] if self.adapter.names.places else self.adapter.others()
 
     def shards(self) -> list[Shard]:
         """All live state, in a stable order: parameters, optimizer state, buffers."""

@@ -5,7 +5,7 @@ import mmap
 import os
 from collections.abc import Container, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from msgspec import Struct
@@ -33,15 +33,19 @@ class StagingImage:
         except OSError:
             os.close(self.fd)
             raise
-        self._pinned = pinned and int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size_bytes, 0)) == 0
+        self._pinned = pinned and int(_cuda().cudaHostRegister(self.memory.data_ptr(), size_bytes, 0)) == 0
 
     def close(self) -> None:
         if self.fd >= 0:
             if self._pinned:
-                torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+                _cuda().cudaHostUnregister(self.memory.data_ptr())
             os.close(self.fd)
             self.fd = -1
             del self.memory
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()
 
 
 def image_bytes(layout: ShardLayout) -> int:

@@ -48,8 +48,10 @@ class StoredIndex:
         _check_head(self.head, rank, self._sealed.body_bytes, len(self._tensors), self._where)
         self._firsts = [page.first_tensor for page in self.head.pages]
         self._starts = list(accumulate((page.chunks for page in self.head.pages), initial=0))
-        self._places: list[dict[tuple[int, tuple[int, ...]], int] | None] = [None] * len(self._firsts)
+        self._pages: dict[int, list[int]] = {}
+        self._places: dict[tuple[int, tuple[int, ...]], int] = {}
         self._chunks: dict[int, Chunk] = {}
+        self._sound: set[tuple[object, ...]] = set()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -71,10 +73,16 @@ class StoredIndex:
 
     def find(self, tensor: int, offsets: tuple[int, ...]) -> int | None:
         """The number of the chunk at ``offsets`` of a tensor, for :meth:`chunk`."""
-        page = bisect_right(self._firsts, tensor) - 1
-        return self._page(page).get((tensor, offsets)) if page >= 0 else None
+        found = self._places.get((tensor, offsets))
+        page = bisect_right(self._firsts, tensor) - 1 if found is None else -1
+        if page < 0 or page in self._pages:
+            return found
+        self._page(page)
+        return self._places.get((tensor, offsets))
 
     def chunk(self, number: int) -> Chunk:
+        if number not in self._chunks:
+            self._page(bisect_right(self._starts, number) - 1)
         return self._chunks[number]
 
     def record(self) -> bytes:
@@ -87,31 +95,44 @@ class StoredIndex:
 
     def chunks_of(self, page: int) -> list[Chunk]:
         """In order, each checked by itself; whether they fill their files is for :mod:`engine.transfer.verify`."""
-        return [self._chunks[number] for number in self._page(page).values()]
+        return [self._chunks[number] for number in self._page(page)]
 
     def check_body(self) -> None:
         """Against the one checksum over all pages."""
         self._sealed.body()
 
-    def _page(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
-        places = self._places[number]
-        if places is None:
-            places = self._places[number] = self._load(number)
-        return places
+    def _page(self, page: int) -> list[int]:
+        """The numbers of its chunks."""
+        if page not in self._pages:
+            self._pages[page] = self._load(page)
+        return self._pages[page]
 
-    def _load(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
-        page, places, tensors = self.head.pages[number], {}, self.tensors_of(number)
+    def _load(self, number: int) -> list[int]:
+        page, tensors, places = self.head.pages[number], self.tensors_of(number), self._places
         for i, chunk in enumerate(read_page(self._sealed, page, self._where), self._starts[number]):
-            problem = _chunk_problem(chunk, self.files, self._tensors)
-            if not problem and chunk.tensor not in tensors:
-                problem = f"is in the page of tensors {tensors.start} to {tensors.stop}"
-            if problem:
-                raise CheckpointCorrupt(f"{self._where}: a chunk of tensor {chunk.tensor} {problem}")
+            if chunk.tensor not in tensors or not self._is_like_a_sound_one(chunk):
+                problem = _chunk_problem(chunk, self.files, self._tensors)
+                if not problem and chunk.tensor not in tensors:
+                    problem = f"is in the page of tensors {tensors.start} to {tensors.stop}"
+                if problem:
+                    raise CheckpointCorrupt(f"{self._where}: a chunk of tensor {chunk.tensor} {problem}")
+                self._sound.add(self._kind(chunk))
             if (chunk.tensor, chunk.offsets) in places:
                 raise CheckpointCorrupt(f"{self._where}: {self._tensors[chunk.tensor].name} at {list(chunk.offsets)} is listed twice")
             self._chunks[i] = chunk
             places[chunk.tensor, chunk.offsets] = i
-        return places
+        return list(range(self._starts[number], self._starts[number + 1]))
+
+    def _kind(self, chunk: Chunk) -> tuple[object, ...]:
+        """All that :func:`_chunk_problem` looks at, but for where the chunk lies: most chunks are of a few kinds."""
+        tensor = self._tensors[chunk.tensor]
+        return chunk.offsets, chunk.sizes, chunk.nbytes, len(chunk.digests), chunk.file, tensor.shape, tensor.dtype
+
+    def _is_like_a_sound_one(self, chunk: Chunk) -> bool:
+        if self._kind(chunk) not in self._sound:
+            return False
+        file = self.files[chunk.file]
+        return file.header_bytes <= chunk.offset and chunk.offset + chunk.nbytes <= file.size_bytes
 
 
 class _Reopened:
@@ -150,6 +171,8 @@ class StoredCheckpoint:
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}
         self._indexes: dict[int, StoredIndex] = {}
+        self.sound_headers: set[tuple[int, int]] = set()
+        """Of the shard files whose header has been verified: writing rank, and which of its files."""
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
@@ -162,7 +185,7 @@ class StoredCheckpoint:
 
     def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
         """The chunk at ``offsets`` of a tensor in ``rank``'s index, and its number there."""
-        index = self.index(rank)
+        index = self._indexes.get(rank) or self.index(rank)
         found = index.find(self._numbers[name], offsets)
         if found is None:
             raise CheckpointCorrupt(

@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.pool import Pools
-from engine import catalog
+from engine import Checkpointer, catalog
 from engine.cli.diff import diff
 from engine.errors import EngineError
 from engine.storage import LocalStorage
 from recipes import causvid
 from recipes.lib.parallel import TorchTrainable
 from recipes.lib.world import World
-from engine import Checkpointer
 from tests.recipes.conftest import SMALL
 
 pytestmark = pytest.mark.timeout(300)  # DeepSpeed may have to build its C++ op first
