@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
+BENCHMARKS := tiny_tensors memory stall interference throughput reshard incremental crash matrix
+
 .PHONY: setup demo test check bench clean
 
 setup: $(VENV)/ready
@@ -25,8 +27,10 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	for name in tiny_tensors memory matrix reshard; do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.stall --tiny --json benchmarks/results/stall_tiny.json
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --plot benchmarks/results/scale.svg
+	$(BIN)/python -m benchmarks.summary
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

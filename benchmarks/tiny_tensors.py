@@ -54,6 +54,7 @@ class _Ours:
         self.step += 1
         began = time.perf_counter()
         self.checkpointer.save(Progress(step=self.step))
+        self.checkpointer.wait()
         seconds = time.perf_counter() - began
         if self.step > 1:
             shutil.rmtree(f"{self.folder}/step_{self.step - 1:08d}")
