@@ -68,7 +68,7 @@ def build(dim: int | None, layers: int, seed: int) -> Any:
 
 def save(dim: int | None, layers: int, folder: str) -> None:
     member = build(dim, layers, seed=0)
-    Checkpointer(f"{folder}/ours", member).save(Progress(step=1))
+    Checkpointer(f"{folder}/ours", member, max_in_flight=0).save(Progress(step=1))
     if dim is not None:
         dcp.save({"model": member.state_dict()}, storage_writer=dcp.FileSystemWriter(f"{folder}/dcp"))
     else:
@@ -80,7 +80,7 @@ def load(dim: int | None, layers: int, folder: str, theirs: bool) -> dict[str, A
     warnings.simplefilter("ignore")
     expected = [p.to_local().clone() for p in build(dim, layers, seed=0).parameters()] if dim is not None else []
     member = build(dim, layers, seed=1)
-    checkpointer = Checkpointer(f"{folder}/ours", member)
+    checkpointer = Checkpointer(f"{folder}/ours", member, max_in_flight=0)
     state = {"model": member.state_dict()} if theirs else {}
 
     def act() -> None:

@@ -14,12 +14,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from benchmarks import reshard
 from benchmarks.pool import Pool, Pools
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.format.checksum import BLOCK_BYTES
 from engine.format.manifest import shard_name
 from engine.storage import local
 from engine.transfer import exchange, read
 from tests.dist.jobs import told
+from tests.now import Checkpointer
 
 SHAPES = {"large": (1300, 777), "ragged": (7, 5), "rows": (3, 4000), "one": (1,), "cube": (17, 9, 11), "long": (70_001,), "narrow": (1000, 33)}
 
