@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -24,7 +25,7 @@ from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, new_holder, step_name
 from engine.format.record import encode_record
 from engine.loading import Loading
-from engine.plan.assign import assign_writers
+from engine.plan.assign import Frozen, assign_writers, place_frozen
 from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
 from engine.plan.order import reading_order
@@ -65,14 +66,17 @@ def _collector_paused() -> Iterator[None]:
 @dataclass(frozen=True)
 class _Plan:
     """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared. ``listed`` are the same
-    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones."""
+    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones. ``frozen`` are
+    parts of tensors that nobody trains, which get files of their own."""
 
     described: tuple[LogicalTensor, ...]
+    frozen: frozenset[Frozen]
     assigned: tuple[LogicalTensor, ...]
     digest: bytes
     listed: tuple[LogicalTensor, ...]
     numbers: Mapping[str, int]
     classes: Sequence[int]
+    has_frozen: bool
     shared: Sequence[int]
     planner: dcp.ShardSavePlanner
 
@@ -159,6 +163,8 @@ class Checkpointer:
         self._orders: tuple[_Plan, process.Plan] | None = None
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
         self._count = 0
+        self._changed: dict[int, set[str]] = {}
+        self._restless: set[str] = set()
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
@@ -201,6 +207,7 @@ class Checkpointer:
             alike=captured.alike,
             shared=captured.digests,
             manifest=lambda attempt, indexes, size_bytes: self._manifest(captured, attempt, indexes, size_bytes),
+            on_change=partial(self._note_changed, self._count, captured.plan),
             before_commit=lambda: write_run_file(self._storage, self._config, captured.progress.wandb_run_id),
             began=began,
         )
@@ -255,7 +262,7 @@ class Checkpointer:
                 self._orders = (plan, process.Plan(layout, plan.listed, self._members.aliases()))
             take(self._orders[1], views)
 
-        self._writer.begin(plan.numbers, plan.classes, sink)
+        self._writer.begin(plan.numbers, plan.classes, sink, plan.has_frozen)
         dcp.save(shards, self._writer, plan.planner)
         if not taken:
             raise UsageError("torch.distributed.checkpoint.save returned without writing: it is patched, or of a release that is not known here")
@@ -263,9 +270,20 @@ class Checkpointer:
     def _plan_of(self, shards: list[Shard]) -> _Plan:
         """The last plan serves while tensors stay alike."""
         described = tuple(shard.tensor for shard in shards)
-        if self._plan is None or self._plan.described != described:
-            self._plan = _make_plan(described, self._ranks.rank)
+        frozen = self._members.frozen()
+        for count in [count for count in list(self._changed) if count < self._count - self._max_in_flight]:
+            self._restless |= self._changed.pop(count)
+        if self._restless:
+            frozen = frozenset(part for part in frozen if part[0] not in self._restless)
+        if self._plan is None or self._plan.described != described or self._plan.frozen != frozen:
+            self._plan = _make_plan(described, self._ranks.rank, frozen, self._ranks.world_size)
         return self._plan
+
+    def _note_changed(self, count: int, plan: _Plan, numbers: list[int]) -> None:
+        """What was taken for frozen and was written anew is so no longer: an EMA, a teacher. From the save on before which all ranks must
+        have heard of it, so that they plan alike."""
+        if numbers:
+            self._changed[count] = {plan.listed[number].name for number in numbers}
 
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
         if self._spoiled:
@@ -392,6 +410,7 @@ class Checkpointer:
             e.add_note(_PARTLY)
             raise
         self._loaded, self._spoiled = (stored, load.stored_names), ""
+        self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
         if self._max_in_flight:
             self.prepare()
         if ranks.rank == 0:
@@ -451,14 +470,17 @@ def _line_name() -> str:
     return os.urandom(6).hex()
 
 
-def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
+def _make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset[Frozen] = frozenset(), world_size: int = 1) -> _Plan:
     names = [tensor.name for tensor in described]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
     assigned = assign_writers(described)
-    order, classes = reading_order(assigned)
-    listed = tuple(assigned[place] for place in order)
+    placed = place_frozen(assigned, frozen, world_size)
+    has_frozen = placed != assigned
+    order, classes = reading_order(placed, world_size if has_frozen else None)
+    listed = tuple(placed[place] for place in order)
     numbers = {tensor.name: number for number, tensor in enumerate(listed)}
-    planner = dcp.ShardSavePlanner(assigned, rank)
-    return _Plan(described, assigned, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, replicas.shares(described), planner)
+    planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else 1 << 40)
+    shared = replicas.shares(described)
+    return _Plan(described, frozen, placed, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, has_frozen, shared, planner)

@@ -89,9 +89,16 @@ class ShardSavePlanner(SavePlanner):
     """Plans one rank's writes. The plan follows from the assigned writers alone: one planner serves every save of the same
     tensors, with the handles of the moment."""
 
-    def __init__(self, assigned: Sequence[LogicalTensor], rank: int) -> None:
+    def __init__(self, assigned: Sequence[LogicalTensor], rank: int, world_size: int = 1) -> None:
+        """Parts that are laid out over writers from ``world_size`` on are frozen: that of a rank is ``world_size`` higher."""
         self._rank = rank
-        self._boxes = [[box for part in tensor.parts for box in written_boxes(tensor, part, rank)] for tensor in assigned]
+        self._boxes = []
+        self.frozen: set[tuple[str, tuple[int, ...]]] = set()
+        for tensor in assigned:
+            own = [box for part in tensor.parts for box in written_boxes(tensor, part, rank)]
+            kept = [box for part in tensor.parts for box in written_boxes(tensor, part, world_size + rank)]
+            self.frozen.update((tensor.name, box.offsets) for box in kept)
+            self._boxes.append(own + kept)
         self._handles: dict[str, ShardTensor] = {}
         self._plan: SavePlan | None = None
         self._views: list[torch.Tensor] | None = None
@@ -112,7 +119,8 @@ class ShardSavePlanner(SavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         if self._plan is None:
-            self._plan = SavePlan([item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)])
+            items = [item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)]
+            self._plan = SavePlan(items, planner_data=self.frozen)
         return self._plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -145,11 +153,13 @@ class ShardWriter(StorageWriter):
         self._numbers: Mapping[str, int] = {}
         self._classes: Sequence[int] = ()
         self._sink: Sink | None = None
+        self._has_frozen = False
         self._laid_out: tuple[SavePlan, ShardLayout] | None = None
 
-    def begin(self, numbers: Mapping[str, int], classes: Sequence[int], sink: Sink) -> None:
-        """Each tensor's number in the manifest, and the geometry class by number; where the next save goes."""
-        self._numbers, self._classes, self._sink = numbers, classes, sink
+    def begin(self, numbers: Mapping[str, int], classes: Sequence[int], sink: Sink, has_frozen: bool = False) -> None:
+        """Each tensor's number in the manifest, and the geometry class by number; where the next save goes. ``has_frozen``: whether any
+        rank has frozen boxes."""
+        self._numbers, self._classes, self._sink, self._has_frozen = numbers, classes, sink, has_frozen
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """DCP calls this with a path where there is one; the sink knows it."""
@@ -159,8 +169,8 @@ class ShardWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
-            boxes = [_source(i, item) for i, item in enumerate(plan.items)]
-            self._laid_out = (plan, shard_layout(self._rank, boxes, self._numbers, self._classes))
+            boxes = [_source(i, item, plan.planner_data) for i, item in enumerate(plan.items)]
+            self._laid_out = (plan, shard_layout(self._rank, boxes, self._numbers, self._classes, self._has_frozen))
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -183,11 +193,11 @@ class ShardWriter(StorageWriter):
         return False  # never picked by path: DCP would not call begin()
 
 
-def _source(number: int, item: WriteItem) -> Source:
-    data = item.tensor_data
+def _source(number: int, item: WriteItem, frozen: set[tuple[str, tuple[int, ...]]]) -> Source:
+    data, name = item.tensor_data, item.index.fqn
     assert data is not None
-    dtype, sizes = data.properties.dtype, tuple(data.chunk.sizes)
-    return Source(number, item.index.fqn, dtype_name(dtype), tuple(data.chunk.offsets), sizes, dtype.itemsize * torch.Size(sizes).numel())
+    dtype, offsets, sizes = data.properties.dtype, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+    return Source(number, name, dtype_name(dtype), offsets, sizes, dtype.itemsize * torch.Size(sizes).numel(), (name, offsets) in frozen)
 
 
 class Pairing(Struct, frozen=True):

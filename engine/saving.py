@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 import torch
 
 from engine.catalog import Retention
@@ -41,7 +42,8 @@ OnFailure = Literal["raise", "warn"]
 @dataclass
 class Save:
     """One save under way. ``alike``: what must be the same on all ranks; ``shared``: digests of replicated tensors; ``manifest``: the
-    step's, once all ranks have written (rank 0's word counts). ``attempt`` and what follows are set as the save proceeds."""
+    step's, once all ranks have written (rank 0's word counts); ``on_change`` hears of frozen tensors that have changed. ``attempt`` and what follows
+    are set as the save proceeds."""
 
     step: int
     record: bytes
@@ -49,6 +51,7 @@ class Save:
     shared: replicas.Digests
     manifest: Callable[[str, Sequence[IndexEntry], int], Manifest]
     before_commit: Callable[[], None]
+    on_change: Callable[[list[int]], None] = lambda _: None
     attempt: str = ""
     write: Callable[[], Written] | None = None
     commit: Callable[[Manifest], None] | None = None
@@ -62,6 +65,7 @@ class Save:
     staged: float = 0.0
     written: float = 0.0
     size_bytes: int = 0
+    reused_bytes: int = 0
     steps: list[float] = field(default_factory=list)
 
 
@@ -85,6 +89,8 @@ class Saves:
         self._process: WriterProcess | None = None
         self._streams = max_in_flight == 0
         self._number = 0
+        self.committed = ""
+        """The step that was committed last, or resumed from: files of it may be linked."""
         self._flying: deque[Save] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -257,7 +263,7 @@ class Saves:
 
     def _write_here(self, save: Save, plan: Plan, views: list[torch.Tensor]) -> None:
         images = LiveImages(plan.layout, views)
-        save.write = lambda: self._scribe.write(save.attempt, plan.layout, images, save.record)
+        save.write = lambda: self._scribe.write(save.attempt, plan.layout, images, save.record, self.committed)
         save.commit = lambda manifest: self._scribe.commit(save.attempt, manifest)
         save.tidy = self._scribe.tidy
         save.abort = lambda: self._scribe.abort(save.attempt)
@@ -267,9 +273,11 @@ class Saves:
         what = f"save {step_name(save.step)}"
         summaries: list[Summary] = []
         try:
-            drifted = self._ranks.round(what, lambda: self._write(save), lambda reports: self._conclude(save, reports, summaries))
-            if drifted:
+            decided = self._ranks.round(what, lambda: self._write(save), lambda reports: self._conclude(save, reports, summaries))
+            if drifted := decided["drifted"]:
                 self._ranks.round(f"{what}: compare replicas", lambda: save.shared.of(drifted), replicas.name_the_drift)
+            self.committed = step_name(save.step)
+            save.on_change(decided["changed"])
         except BaseException:
             if self._ranks.rank == 0 and save.abort is not None:
                 with contextlib.suppress(EngineError):
@@ -287,22 +295,23 @@ class Saves:
             save.pending.wait()
         save.staged = time.perf_counter()
         written = save.write()
-        save.written, save.size_bytes = time.perf_counter(), written.size_bytes
-        return {"alike": save.alike, "shared": save.shared.groups, "index": [written.index.size_bytes, written.index.digest, written.size_bytes]}
+        save.written, save.size_bytes, save.reused_bytes = time.perf_counter(), written.size_bytes, written.reused_bytes
+        return {"alike": save.alike, "shared": save.shared.groups, "written": msgspec.to_builtins(written, builtin_types=(bytes,))}
 
-    def _conclude(self, save: Save, reports: list[dict[str, Any]], summaries: list[Summary]) -> list[str]:
+    def _conclude(self, save: Save, reports: list[dict[str, Any]], summaries: list[Summary]) -> dict[str, list[Any]]:
         """On rank 0, over all reports: commit, unless ranks that should be alike are not."""
         compare([report["alike"] for report in reports])
         drifted = replicas.drifted([report["shared"] for report in reports])
         if drifted:
-            return drifted
+            return {"drifted": drifted, "changed": []}
         assert save.commit is not None
         save.before_commit()
-        indexes = tuple(IndexEntry(*report["index"][:2]) for report in reports)
-        manifest = save.manifest(save.attempt, indexes, sum(report["index"][2] for report in reports))
+        written = [msgspec.convert(report["written"], Written) for report in reports]
+        indexes = [one.index for one in written] + [one.frozen for one in written if one.frozen is not None]
+        manifest = save.manifest(save.attempt, indexes, sum(one.size_bytes for one in written))
         save.commit(manifest)
         summaries.append(manifest.summary)
-        return []
+        return {"drifted": [], "changed": sorted({number for one in written for number in one.changed})}
 
     def _ask_write(self, save: Save) -> Written:
         process = self._running()
@@ -313,8 +322,8 @@ class Saves:
             image = self._images[save.slot]
             process.tell(UseImage(save.slot, image.size_bytes), image.fd)
             self._told.add(save.slot)
-        index, size_bytes = process.ask(f"write step {save.step}", Write(save.slot, save.attempt, save.record))
-        return Written(IndexEntry(*index), size_bytes)
+        answer = process.ask(f"write step {save.step}", Write(save.slot, save.attempt, save.record, self.committed))
+        return msgspec.convert(answer, Written)
 
     def _ask_commit(self, save: Save, manifest: Manifest) -> None:
         self._running().ask(f"commit step {save.step}", Commit(save.attempt, manifest.summary, manifest.indexes, manifest.record))
@@ -329,6 +338,7 @@ class Saves:
             written_seconds=save.written - save.began,
             committed_seconds=now - save.began,
             size_bytes=save.size_bytes,
+            reused_bytes=save.reused_bytes,
             steps=len(save.steps),
             step_p50_seconds=statistics.median(times) if times else 0.0,
             step_p99_seconds=min(slow, max(times, default=0.0)),

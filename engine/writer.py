@@ -10,7 +10,10 @@ import signal
 import socket
 import sys
 import traceback
+from collections import Counter
 from typing import Any
+
+from msgspec.structs import replace
 
 from engine import catalog
 from engine.catalog import Retention
@@ -22,6 +25,7 @@ from engine.transfer.commit import abort_attempt, commit_attempt
 from engine.transfer.process import Abort, Alive, Channel, Commit, Done, Failed, Log, Order, Plan, Settings, UseImage, Write
 from engine.transfer.write import Images, MemoryImages, Written, places, write_shards
 
+REWRITE_AFTER = 20
 NICENESS = 10
 """Training goes first; but a save ends, too, where training leaves no processor idle."""
 
@@ -72,6 +76,22 @@ class _Told(logging.Handler):
         self._channel.send(Log(record.levelno, record.getMessage()))
 
 
+class _Links:
+    """Content of the step before, by its name, which says what it is. A file that has been linked :data:`REWRITE_AFTER` times is written
+    anew: where it has gone bad, an older step that shares it is no remedy."""
+
+    def __init__(self, storage: Storage, previous: str, links: Counter[str]) -> None:
+        self._storage, self._previous, self._links = storage, previous, links
+
+    def take(self, path: str) -> bool:
+        name = path.rpartition("/")[2]
+        if not self._previous or self._links[name] >= REWRITE_AFTER or not self._storage.link(f"{self._previous}/{name}", path):
+            self._links[name] = 0
+            return False
+        self._links[name] += 1
+        return True
+
+
 class Scribe:
     """What becomes of one rank's saves on storage, in this order: files, commit on rank 0, tidying. Used by the writer process, and by the
     trainer itself where a save is synchronous."""
@@ -79,14 +99,20 @@ class Scribe:
     def __init__(self, storage: Storage, rank: int, holder: str, retention: Retention) -> None:
         self._storage, self._rank, self._holder, self._retention = storage, rank, holder, retention
         self._has_lease = False
+        self._links = Counter[str]()
+        self._layout: ShardLayout | None = None
+        self._digests: dict[int, bytes] = {}
 
-    def write(self, attempt: str, layout: ShardLayout, images: Images, record: bytes) -> Written:
-        """This rank's files, durable."""
+    def write(self, attempt: str, layout: ShardLayout, images: Images, record: bytes, previous: str = "") -> Written:
+        """This rank's files, durable. ``previous``: the step whose files may be linked, if any."""
         if self._rank == 0 and not self._has_lease:
             catalog.lease.take(self._storage, self._holder)
             self._has_lease = True
         self._storage.make_folder(attempt)
-        return write_shards(self._storage, attempt, layout, images, record)
+        written = write_shards(self._storage, attempt, layout, images, record, _Links(self._storage, previous, self._links))
+        changed = [t for t, found in written.digests.items() if self._digests.get(t) != found] if self._layout is layout else []
+        self._layout, self._digests = layout, written.digests
+        return replace(written, digests={}, changed=tuple(changed))
 
     def commit(self, attempt: str, manifest: Manifest) -> None:
         """On rank 0, when all ranks have written."""
@@ -144,7 +170,7 @@ class Server:
         if isinstance(order, Commit):
             return self._scribe.commit(order.attempt, Manifest(order.summary, plan.tensors, plan.aliases, order.indexes, order.record))
         memory = self._images[order.slot][: places(plan.layout)[-1]]
-        return self._scribe.write(order.attempt, plan.layout, MemoryImages(memory, plan.layout), order.record)
+        return self._scribe.write(order.attempt, plan.layout, MemoryImages(memory, plan.layout), order.record, order.previous)
 
 
 def main(fd: int) -> None:

@@ -32,6 +32,7 @@ class Homes(Struct, frozen=True, gc=False):
 
     def of_writer(self, writer: int) -> range:
         """The ranks that share the files of one writer: never none, and at most one where there are fewer ranks than writers."""
+        writer %= self.saved_on  # further ones wrote what does not change
         first = writer * self.world_size // self.saved_on
         return range(first, max(first + 1, (writer + 1) * self.world_size // self.saved_on))
 

@@ -35,13 +35,15 @@ class Targets:
 
 @dataclass
 class Captured:
-    """``where`` it all lay; ``stepped``: the names of tensors that only the optimizer's step changes; ``int_steps``: copies of counters
+    """``where`` it all lay; ``stepped``: the names of tensors that only the optimizer's step changes; ``frozen``: parts of
+    tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies of counters
     that live as Python numbers."""
 
     where: list[int]
     slots: list[Slot]
     shards: list[Shard]
     stepped: frozenset[str]
+    frozen: frozenset[tuple[str, tuple[int, ...]]]
     int_steps: list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -87,11 +89,21 @@ class Member:
             models, states = self._model_shards([slot.piece for slot in slots] + others), self._state_shards(slots, others)
             stepped = {f"{self.prefix}model.{slot.piece.name}" for slot in slots} | {shard.name for shard in states}
             stepped -= {f"{self.prefix}model.{piece.name}" for piece in others}  # rows of one tensor, partly frozen
+            fixed = {name for name, p in self.adapter.names.parameters.items() if not p.requires_grad}
+            frozen = frozenset(
+                (f"{self.prefix}model.{placed.name}", placed.place.offsets if placed.place else ())
+                for piece in self.adapter.others()
+                if piece.name in fixed
+                for placed in (self.adapter.names.placed(piece),)
+            )
             counters = optim.int_steps(states, self._state_prefix, slots)
-            self._captured = Captured(where, slots, models + states + self._buffers(), frozenset(stepped), counters)
+            self._captured = Captured(where, slots, models + states + self._buffers(), frozenset(stepped), frozen, counters)
         elif self.adapter.optimizer is not None:
             optim.refresh_int_steps(self.adapter.optimizer, self._captured.int_steps)
         return self._captured
+
+    def frozen(self) -> frozenset[tuple[str, tuple[int, ...]]]:
+        return self._captured.frozen if self._captured else frozenset()
 
     def _whereabouts(self) -> list[int]:
         """Changes when any live tensor is replaced, added or removed, or begins or ceases to be trained. What was captured keeps its

@@ -58,6 +58,11 @@ class Members:
             shards += found
         return shards, stepped[0] if len(stepped) == 1 else frozenset().union(*stepped)
 
+    def frozen(self) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """The parts of parameters that nobody trains, as captured last: a tensor's name with a part's offsets."""
+        found = [member.frozen() for member in self.models.values()]
+        return found[0] if len(found) == 1 else frozenset().union(*found)
+
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.adapter.optimizer for member in self.models.values() if member.adapter.optimizer is not None]
 

@@ -55,6 +55,10 @@ class Storage(Protocol):
         """A new file; an existing one of that name is an error. ``size_bytes``: how large it will be, where that is known."""
         ...
 
+    def link(self, path: str, name: str) -> bool:
+        """Give a file a further name that nothing has, without a copy. False where the storage cannot, or the file is gone."""
+        ...
+
     def make_folder(self, path: str) -> None:
         """Durably, with the folders above it. One that exists is no error."""
         ...

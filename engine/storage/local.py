@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from engine.errors import CheckpointCorrupt, StorageError
 from engine.storage.base import REMOVED, REPLACED
 
+_NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT)
 _LARGE_BYTES = 1024 * 1024
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _REMEDY = {
@@ -159,6 +160,16 @@ class LocalStorage:
     def create(self, path: str, size_bytes: int = 0) -> _LocalWriter:
         with _told("create", self.path(path)):
             return _LocalWriter(self.path(path), size_bytes)
+
+    def link(self, path: str, name: str) -> bool:
+        try:
+            os.link(self.path(path), self.path(name), follow_symlinks=False)
+        except OSError as e:
+            if e.errno in _NO_LINKS:
+                return False
+            with _told("link", self.path(name)):
+                raise
+        return True
 
     def make_folder(self, path: str) -> None:
         missing, folder = [], self.path(path)

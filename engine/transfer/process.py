@@ -55,11 +55,13 @@ class UseImage(Struct, tag=True):
 
 
 class Write(Struct, tag=True):
-    """Write the image in ``slot`` into ``attempt``. Answered by :class:`~engine.transfer.write.Written`."""
+    """Write the image in ``slot`` into ``attempt``; ``previous`` is the step whose files may be linked. Answered by
+    :class:`~engine.transfer.write.Written`."""
 
     slot: int
     attempt: str
     record: bytes
+    previous: str
 
 
 class Commit(Struct, tag=True):

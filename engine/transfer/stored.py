@@ -17,7 +17,6 @@ from engine.format.manifest import (
     FileEntry,
     IndexHead,
     Manifest,
-    index_name,
     open_index,
     read_manifest,
     read_page,
@@ -27,6 +26,7 @@ from engine.format.tiling import tiles
 from engine.state.boxes import check_tiling, part_box
 from engine.storage import Reader, Storage
 
+_FROZEN_INDEX = re.compile(r"frozen\.[0-9a-f]{32}\.index")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _MAX_RANKS = 1 << 20
 _MAX_TENSOR_BYTES = 1 << 62
@@ -45,7 +45,9 @@ class StoredIndex:
         self.head, self._sealed = open_index(reader, self._where)
         if reader.size_bytes != entry.size_bytes or self._sealed.digest != entry.digest:
             raise CheckpointCorrupt(f"{self._where}, written by rank {rank}, is not what the manifest refers to: bytes have changed. {REMEDY}")
-        _check_head(self.head, rank, self._sealed.body_bytes, len(self._tensors), self._where)
+        _check_head(
+            self.head, rank if rank < manifest.summary.world_size else self.head.rank, self._sealed.body_bytes, len(self._tensors), self._where
+        )
         self._firsts = [page.first_tensor for page in self.head.pages]
         self._starts = list(accumulate((page.chunks for page in self.head.pages), initial=0))
         self._pages: dict[int, list[int]] = {}
@@ -180,7 +182,7 @@ class StoredCheckpoint:
     def index(self, rank: int) -> StoredIndex:
         """What ``rank`` wrote; opened once."""
         if rank not in self._indexes:
-            self._indexes[rank] = StoredIndex(self.storage, self.path(index_name(rank)), rank, self.manifest)
+            self._indexes[rank] = StoredIndex(self.storage, self.path(self.manifest.index_name(rank)), rank, self.manifest)
         return self._indexes[rank]
 
     def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
@@ -189,7 +191,7 @@ class StoredCheckpoint:
         found = index.find(self._numbers[name], offsets)
         if found is None:
             raise CheckpointCorrupt(
-                f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
+                f"{self.where}/{self.manifest.index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
             )
         return found, index.chunk(found)
 
@@ -203,8 +205,11 @@ REMEDY = "Restore the file from a copy, or resume from another step (step:N)"
 
 def _check_manifest(manifest: Manifest, where: str) -> None:
     world_size = manifest.summary.world_size
-    if len(manifest.indexes) != world_size or not 1 <= world_size <= _MAX_RANKS:
+    if not 1 <= world_size <= len(manifest.indexes) or world_size > _MAX_RANKS or len(manifest.indexes) > 2 * _MAX_RANKS:
         raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {world_size}")
+    odd = [e.name for i, e in enumerate(manifest.indexes) if (i < world_size) != (not e.name) or (e.name and not _FROZEN_INDEX.fullmatch(e.name))]
+    if odd:
+        raise CheckpointCorrupt(f"{where}: an index named {odd[0]!r}, where that of a rank has no name and others are frozen.<32 digits>.index")
     names = {tensor.name for tensor in manifest.tensors}
     if len(names) != len(manifest.tensors):
         raise CheckpointCorrupt(f"{where}: a tensor is listed twice")
@@ -215,13 +220,13 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
     for tensor in manifest.tensors:
         if (tensor.dtype, tensor.shape, tensor.parts) not in sound:
             try:
-                _check_tensor(tensor, world_size)
+                _check_tensor(tensor, len(manifest.indexes))
             except LayoutError as e:
                 raise CheckpointCorrupt(f"{where}: {e}") from e
             sound.add((tensor.dtype, tensor.shape, tensor.parts))
 
 
-def _check_tensor(tensor: LogicalTensor, world_size: int) -> None:
+def _check_tensor(tensor: LogicalTensor, writers: int) -> None:
     """Raises :class:`LayoutError` for what no reader could compute with. Costs time in proportion to the parts."""
     told = f"{tensor.name} has dtype {tensor.dtype} and shape {list(tensor.shape)}"
     if tensor.dtype not in ITEM_BYTES or any(n < 0 for n in tensor.shape):
@@ -229,8 +234,8 @@ def _check_tensor(tensor: LogicalTensor, world_size: int) -> None:
     if math.prod(n for n in tensor.shape if n) * ITEM_BYTES[tensor.dtype] > _MAX_TENSOR_BYTES:
         raise LayoutError(f"{told}: no tensor is that large")
     for part in tensor.parts:
-        if not isinstance(part.layout, Absent) and part.layout.mesh.is_sound and part.layout.mesh.largest >= world_size:
-            raise LayoutError(f"{tensor.name} is laid out over ranks that a world size of {world_size} does not have")
+        if not isinstance(part.layout, Absent) and part.layout.mesh.is_sound and part.layout.mesh.largest >= writers:
+            raise LayoutError(f"{tensor.name} is laid out over writers that the {writers} indexes do not have")
         if isinstance(part.layout, Absent) and part.layout.fill and (tensor.dtype not in _FLOATS or not abs(part.layout.fill) <= _MAX_FILL):
             raise LayoutError(f"{told}, and a part to be filled with {part.layout.fill}")
         if part.narrow and ITEM_BYTES.get(part.narrow, math.inf) >= ITEM_BYTES[tensor.dtype]:

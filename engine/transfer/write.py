@@ -6,8 +6,20 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from engine.errors import StorageError
 from engine.format.checksum import BLOCK_BYTES, block_digests, digest
-from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode_index, index_name, shard_name
+from engine.format.manifest import (
+    Chunk,
+    FileEntry,
+    IndexEntry,
+    RankIndex,
+    encode_index,
+    frozen_index_name,
+    frozen_name,
+    index_name,
+    shard_name,
+)
+from engine.format.record import EMPTY_RECORD
 from engine.plan.image import Image, ShardLayout
 from engine.storage import Storage
 
@@ -34,49 +46,119 @@ class Images(Protocol):
         ...
 
 
+class Reuse(Protocol):
+    """What is known of files of content that does not change, from save to save."""
+
+    def take(self, path: str) -> bool:
+        """Whether the file, an attempt's, has got its content by a link from an earlier step."""
+        ...
+
+
+class NoReuse:
+    def take(self, path: str) -> bool:
+        return False
+
+
 class Written(Struct, frozen=True, array_like=True):
-    """What a rank wrote: how the manifest refers to its index, and the bytes of all its files."""
+    """What a rank wrote: how the manifest refers to its index, and to that of what does not change, where there is one; the bytes of all
+    its files, and of those that were linked. ``digests``: of each frozen tensor's bytes here, by its number. ``changed``: the numbers of
+    frozen tensors whose bytes are others than at the save before."""
 
     index: IndexEntry
     size_bytes: int
+    frozen: IndexEntry | None = None
+    reused_bytes: int = 0
+    digests: dict[int, bytes] = {}
+    changed: tuple[int, ...] = ()
 
 
-def write_shards(storage: Storage, folder: str, layout: ShardLayout, images: Images, record: bytes) -> Written:
+def write_shards(storage: Storage, folder: str, layout: ShardLayout, images: Images, record: bytes, reuse: Reuse | None = None) -> Written:
     """A rank's files and their index, durable with their names when this returns. ``record``: the rank's own typed record."""
     files, chunks = [], []
-    for number, (image, tensors) in enumerate(zip(layout.images, layout.numbers, strict=True)):
-        name, start = shard_name(layout.rank, number), len(image.header)
-        digests = _write_image(storage, f"{folder}/{name}", image, partial(images.stream, number))
-        files.append(FileEntry(name, image.size_bytes, start, digest(image.header)))
-        for entry, tensor, blocks in zip(image.entries, tensors, digests, strict=True):
-            chunks.append(Chunk(tensor, entry.offsets, entry.sizes, number, start + entry.offset, entry.nbytes, blocks))
-    index, entry = encode_index(RankIndex(layout.rank, tuple(files), tuple(chunks), record), layout.classes)
-    write_whole(storage, f"{folder}/{index_name(layout.rank)}", index)
+    for number in range(layout.first_frozen):
+        name = shard_name(layout.rank, number)
+        digests = _write_image(storage, f"{folder}/{name}", layout.images[number], partial(images.stream, number))
+        _enter(layout, number, 0, name, digests, files, chunks)
+    data, entry = encode_index(RankIndex(layout.rank, tuple(files), tuple(chunks), record), layout.classes)
+    write_whole(storage, f"{folder}/{index_name(layout.rank)}", data)
+    written = Written(entry, len(data) + sum(file.size_bytes for file in files))
+    if layout.has_frozen:
+        written = _write_frozen(storage, folder, layout, images, reuse or NoReuse(), written)
     storage.sync_folder(folder)
-    return Written(entry, len(index) + sum(file.size_bytes for file in files))
+    return written
 
 
-def _write_image(storage: Storage, path: str, image: Image, stream: Callable[[Callable[[Segment], None]], Iterator[memoryview]]) -> list[bytes]:
-    digests = [b""] * len(image.entries)
+def _write_frozen(storage: Storage, folder: str, layout: ShardLayout, images: Images, reuse: Reuse, own: Written) -> Written:
+    """Content decides: what equals a file of the step before is linked, whatever was expected of it."""
+    files, chunks, by_tensor, reused = [], [], dict[int, bytes](), 0
+    for number in range(layout.first_frozen, len(layout.images)):
+        image = layout.images[number]
+        digests = _digests_of(image, partial(images.stream, number))
+        name = frozen_name(digest(image.header), digests)
+        if reuse.take(f"{folder}/{name}"):
+            reused += image.size_bytes
+        elif _write_image(storage, f"{folder}/{name}", image, partial(images.stream, number)) != digests:
+            raise StorageError(f"{storage.root}/{folder}/{name}: memory changed while it was written; is it faulty?")
+        _enter(layout, number, layout.first_frozen, name, digests, files, chunks)
+        for tensor, blocks in zip(layout.numbers[number], digests, strict=True):
+            by_tensor[tensor] = digest(by_tensor.get(tensor, b"") + blocks)
+    data, entry = encode_index(RankIndex(layout.rank, tuple(files), tuple(chunks), EMPTY_RECORD), layout.classes)
+    name = frozen_index_name(entry.digest)
+    if reuse.take(f"{folder}/{name}"):
+        reused += len(data)
+    else:
+        write_whole(storage, f"{folder}/{name}", data)
+    size_bytes = own.size_bytes + len(data) + sum(file.size_bytes for file in files)
+    return Written(own.index, size_bytes, IndexEntry(entry.size_bytes, entry.digest, name), reused, by_tensor)
 
-    def take(segment: Segment) -> None:
+
+def _enter(layout: ShardLayout, number: int, first: int, name: str, digests: list[bytes], files: list[FileEntry], chunks: list[Chunk]) -> None:
+    """A file into an index whose first file is number ``first`` of the layout."""
+    image = layout.images[number]
+    start = len(image.header)
+    files.append(FileEntry(name, image.size_bytes, start, digest(image.header)))
+    for entry, tensor, blocks in zip(image.entries, layout.numbers[number], digests, strict=True):
+        chunks.append(Chunk(tensor, entry.offsets, entry.sizes, number - first, start + entry.offset, entry.nbytes, blocks))
+
+
+class _Digests:
+    """The block digests of an image's entries, as its bytes go by."""
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self.found = [b""] * len(image.entries)
+
+    def take(self, segment: Segment) -> None:
         if segment.partial:
-            digests[segment.first] += block_digests(segment.data)
+            self.found[segment.first] += block_digests(segment.data)
             return
-        begin = image.entries[segment.first].offset
+        begin = self._image.entries[segment.first].offset
         for i in range(segment.first, segment.stop):
-            entry = image.entries[i]
-            digests[i] = block_digests(segment.data[entry.offset - begin : entry.offset - begin + entry.nbytes])
+            entry = self._image.entries[i]
+            self.found[i] = block_digests(segment.data[entry.offset - begin : entry.offset - begin + entry.nbytes])
 
+
+_Stream = Callable[[Callable[[Segment], None]], Iterator[memoryview]]
+
+
+def _digests_of(image: Image, stream: _Stream) -> list[bytes]:
+    digests = _Digests(image)
+    for _ in stream(digests.take):
+        pass
+    return digests.found
+
+
+def _write_image(storage: Storage, path: str, image: Image, stream: _Stream) -> list[bytes]:
+    digests = _Digests(image)
     writer = storage.create(path, image.size_bytes)
     try:
-        for data in stream(take):
+        for data in stream(digests.take):
             writer.write(data)
     except BaseException:
         writer.abandon()
         raise
     writer.close()
-    return digests
+    return digests.found
 
 
 def windows(image: Image) -> Iterator[tuple[int, int, bool, int, int]]:
