@@ -57,7 +57,7 @@ TENSORS = (
     LogicalTensor("model.bias", "BF16", (), (Part(Grid(Mesh((2, 2), 1, (4, 2)), (REPLICATED, 0), 1)),)),
     LogicalTensor("model.odd", "BF16", (3,), (Part(Grid(Mesh((3,), ranks=(5, 0, 2)), (0,), 0)),)),
 )
-MANIFEST = Manifest(SUMMARY, TENSORS, {"a": "b"}, (IndexEntry(7, b"x" * 16), IndexEntry(8, b"y" * 16)), b"\x00\xff")
+MANIFEST = Manifest(SUMMARY, TENSORS, {"a": "b"}, (IndexEntry(7, b"x" * 16), IndexEntry(8, b"y" * 16, "frozen.0.index")), b"\x00\xff")
 INDEX = RankIndex(
     1,
     (FileEntry("rank_00001.0.safetensors", 5000, 4096, b"h" * 16),),
@@ -159,7 +159,7 @@ def test_a_head_with_the_body_of_another_is_refused():
 
 def test_a_later_format_says_to_upgrade():
     head, body = parts(FILES["manifest"][0])
-    with pytest.raises(CheckpointCorrupt, match=r"format 7; this version reads up to 0\. Upgrade"):
+    with pytest.raises(CheckpointCorrupt, match=r"format 7; this version reads up to 1\. Upgrade"):
         read_root(sealed(head, body, version=7))
 
 
@@ -172,7 +172,7 @@ class Announced:
     """A sparse file: as large as its envelope says, and nothing may read more than the envelope of it."""
 
     def __init__(self, head_bytes: int, body_bytes: int) -> None:
-        self._start = _ENVELOPE.pack(b"lockstep", 0, 1, head_bytes, body_bytes, bytes(16), bytes(16))
+        self._start = _ENVELOPE.pack(b"lockstep", 1, 1, head_bytes, body_bytes, bytes(16), bytes(16))
         self.size_bytes = _ENVELOPE.size + head_bytes + body_bytes
 
     def read_into(self, offset: int, target: memoryview) -> None:
@@ -263,7 +263,7 @@ def test_the_envelope_is_as_documented():
         head, body = parts(data)
         assert _ENVELOPE.size == 56
         assert data[:8] == b"lockstep"
-        assert struct.unpack("<HHIQ", data[8:24]) == (0, kind, len(head), len(body))
+        assert struct.unpack("<HHIQ", data[8:24]) == (1, kind, len(head), len(body))
         assert data[24:40] == digest(head)
         assert data[40:56] == digest(body)
 
@@ -279,7 +279,7 @@ def test_the_parts_are_as_documented():
         ["model.bias", "BF16", [], [[["grid", [[2, 2], 1, [4, 2], []], [-1, 0], 1], [], [], ""]]],
         ["model.odd", "BF16", [3], [[["grid", [[3], 0, [], [5, 0, 2]], [0], 0], [], [], ""]]],
     ]
-    assert body["indexes"] == [[7, b"x" * 16], [8, b"y" * 16]]
+    assert body["indexes"] == [[7, b"x" * 16, ""], [8, b"y" * 16, "frozen.0.index"]]
     head, body = parts(FILES["index"][0])
     head = msgspec.msgpack.decode(head)
     assert list(head) == ["rank", "files", "pages", "record"]

@@ -1,4 +1,4 @@
-"""Makes tests/golden/format_0 anew: ``python -m tests.golden.make``. Two real ranks, DeepSpeed and FSDP2, saved by a Checkpointer."""
+"""Makes tests/golden/format_1 anew: ``python -m tests.golden.make``. Two real ranks, DeepSpeed and FSDP2, saved by a Checkpointer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -100,7 +101,8 @@ def train_and_save(run: str) -> dict[str, Any]:
         average.state = {"decay": 0.99, "updates": step + 1, "shadow": torch.full((2, 3), 0.5 * (step + 1))}
         progress.advance(samples=4)
     progress.epoch = 1
-    checkpointer.save(progress, metrics={"val_loss": 0.25})
+    with mock.patch("engine.plan.assign.FROZEN_BYTES", 1):
+        checkpointer.save(progress, metrics={"val_loss": 0.25})
     tensors = {
         "generator.model.embed.weight": torch.cat([generator.embed.frozen, generator.embed.trainable]),
         "generator.model.out.weight": generator.out.weight,

@@ -20,7 +20,7 @@ def _open(path: Path, kind: int) -> tuple[Any, bytes, bytes]:
     """The head, the body, and the digest of envelope and head."""
     data = path.read_bytes()
     magic, version, found, head_bytes, body_bytes, head_digest, body_digest = struct.unpack("<8sHHIQ16s16s", data[:56])
-    assert (magic, version, found, len(data)) == (b"lockstep", 0, kind, 56 + head_bytes + body_bytes)
+    assert (magic, version, found, len(data)) == (b"lockstep", 1, kind, 56 + head_bytes + body_bytes)
     head, body = data[56 : 56 + head_bytes], data[56 + head_bytes :]
     assert xxhash.xxh3_128_digest(head) == head_digest
     assert xxhash.xxh3_128_digest(body) == body_digest
@@ -31,8 +31,8 @@ def read(step: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarr
     """The summary, the shared record, and every tensor whole."""
     summary, body, _ = _open(step / "manifest", 1)
     manifest = msgspec.msgpack.decode(body)
-    assert len(manifest["indexes"]) == summary["world_size"]
-    indexes = [_read_index(step, rank, *entry) for rank, entry in enumerate(manifest["indexes"])]
+    assert len(manifest["indexes"]) >= summary["world_size"]
+    indexes = [_read_index(step, writer, summary["world_size"], *entry) for writer, entry in enumerate(manifest["indexes"])]
     tensors = {}
     for number, (name, dtype, shape, parts) in enumerate(manifest["tensors"]):
         whole, covered = np.empty(shape, _TYPES[dtype]), np.zeros(shape, int)
@@ -51,13 +51,15 @@ def read(step: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarr
     return summary, record(manifest["record"]), tensors
 
 
-def _read_index(step: Path, rank: int, size_bytes: int, digest: bytes) -> dict[tuple[int, Box], np.ndarray]:
+def _read_index(step: Path, writer: int, world_size: int, size_bytes: int, digest: bytes, name: str) -> dict[tuple[int, Box], np.ndarray]:
     """The bytes of each chunk, by tensor and box."""
-    path = step / f"rank_{rank:05d}.index"
+    assert (name == "") == (writer < world_size)
+    path = step / (name or f"rank_{writer:05d}.index")
     head, body, found = _open(path, 2)
-    assert (path.stat().st_size, found, head["rank"]) == (size_bytes, digest, rank)
+    assert (path.stat().st_size, found) == (size_bytes, digest)
+    assert name == f"frozen.{digest.hex()}.index" if name else head["rank"] == writer
     chunks, end = {}, 0
-    files = [_read_file(step / name, *rest) for name, *rest in head["files"]]
+    files = [_read_file(step / file, *rest) for file, *rest in head["files"]]
     for first, count, offset, size, page_digest in head["pages"]:
         page = body[offset : offset + size]
         assert offset == end
@@ -72,7 +74,8 @@ def _read_index(step: Path, rank: int, size_bytes: int, digest: bytes) -> dict[t
             assert b"".join(map(xxhash.xxh3_128_digest, blocks)) == digests
             chunks[tensor, (tuple(offsets), tuple(sizes))] = np.frombuffer(data, "u1")
     assert head["record"][2:4] == [end, len(body) - end]
-    assert {"rng", "objects"} == record(body[end:]).keys()
+    own = record(body[end:])
+    assert own is None if name else {"rng", "objects"} == own.keys()
     return chunks
 
 
@@ -90,7 +93,7 @@ def _slices(box: Box) -> tuple[slice, ...]:
 
 
 def _written(layout: list[Any], extent: tuple[int, ...]) -> list[tuple[int, Box]]:
-    """(rank, box) of all that is written of a part of this extent."""
+    """(writer, box) of all that is written of a part of this extent."""
     kind, (shape, first, strides, ranks), *rule = layout
     found = []
     for position, index in enumerate(itertools.product(*map(range, shape))):

@@ -76,7 +76,7 @@ def _mesh(shape, first=0, strides=(), ranks=()):
 
 _WHOLE = ("grid", _mesh((1,)), (-1,), 0)
 _NAME, _DTYPE, _SHAPE, _PARTS = range(4)
-OTHER = "ranks that a world size of 1 does not have"
+OTHER = "writers that the 1 indexes do not have"
 MESHES = {
     "other rank": (_mesh((1,), 3), OTHER),
     "listed rank": (_mesh((1,), 0, (), (3,)), OTHER),
