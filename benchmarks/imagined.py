@@ -21,9 +21,10 @@ from engine.checkpointer import _make_plan, _Plan
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.layout import REPLICATED, Flat, Grid, Layout, LogicalTensor, Mesh, Part
 from engine.format.manifest import MANIFEST, IndexEntry, Line, Manifest, Summary
-from engine.format.names import step_name
+from engine.format.names import attempt_name, step_name
 from engine.format.record import encode_record
-from engine.plan.image import Image
+from engine.plan import reads
+from engine.plan.image import Image, ShardLayout
 from engine.plan.match import Allow, match
 from engine.plan.reads import Need, runs, slices
 from engine.state import boxes
@@ -32,7 +33,8 @@ from engine.state.progress import Progress, capture_rng
 from engine.state.shard import Shard, torch_dtype
 from engine.storage import LocalStorage, Reader, Storage
 from engine.transfer import read, write
-from engine.transfer.commit import begin_attempt, commit_attempt
+from engine.transfer.commit import commit_attempt
+from engine.transfer.stage import LiveImages
 from engine.transfer.stored import StoredCheckpoint
 
 EXPERTS, HIDDEN, VOCABULARY = 128, 5120, 202_048
@@ -141,6 +143,7 @@ def _forget() -> None:
     """What is timed begins as in a new process: boxes that other ranks here have computed are none of its business."""
     boxes._held_boxes.cache_clear()
     boxes._writers.cache_clear()
+    reads.sources.cache_clear()
 
 
 # ---------------------------------------------------------------------- save
@@ -158,30 +161,39 @@ class Planned(Struct):
     cpu_seconds: float
 
 
-def plan_save(storage: Storage, tensors: tuple[LogicalTensor, ...], rank: int, plan: _Plan | None = None) -> Planned:
+def begin(storage: Storage) -> str:
+    """An attempt's folder; its name."""
+    attempt = attempt_name(step_name(STEP))
+    storage.make_folder(attempt)
+    return attempt
+
+
+def plan_save(tensors: tuple[LogicalTensor, ...], rank: int, plan: _Plan | None = None) -> Planned:
     """All that a rank computes at its first save before it copies a byte. ``plan``: another rank's, to save the time; only the
     boxes are this rank's own then."""
-    shards, writer = live(tensors, rank), dcp.ShardWriter(storage, rank)
+    shards, writer = live(tensors, rank), dcp.ShardWriter(rank)
     _forget()
     began, cpu = time.perf_counter(), time.process_time()
     plan = plan or _make_plan(tensors, rank)
     planner = plan.planner if plan.planner._rank == rank else dcp.ShardSavePlanner(plan.assigned, rank)
     planner.set_up_planner({"state": planner.handles(shards)})
-    writer.begin("", plan.numbers, plan.classes, b"")
+    writer.begin(plan.numbers, plan.classes, lambda layout, views: None)
     writer.prepare_local_plan(planner.create_local_plan())
     return Planned(rank, plan, shards, planner, writer, time.perf_counter() - began, time.process_time() - cpu)
 
 
-def write_index(planned: Planned, attempt: str) -> tuple[IndexEntry, float]:
+def write_index(planned: Planned, storage: Storage, attempt: str) -> tuple[IndexEntry, float]:
     """A rank's part of a save but for its shard files: the index as it would be, and the seconds."""
-    writer, plan = planned.writer, planned.plan
-    own_record = encode_record({"rng": capture_rng(), "objects": {}})
+    own_record, found = encode_record({"rng": capture_rng(), "objects": {}}), list[IndexEntry]()
+
+    def sink(layout: ShardLayout, views: list[torch.Tensor]) -> None:
+        with mock.patch.object(write, "_write_image", _made_up):
+            found.append(write.write_shards(storage, attempt, layout, LiveImages(layout, views), own_record).index)
+
     began = time.perf_counter()
-    writer.begin(attempt, plan.numbers, plan.classes, own_record)
-    with mock.patch.object(write, "_write_file", _made_up):
-        dcp.save(planned.shards, writer, planned.planner)
-    assert writer.index_entry is not None
-    return writer.index_entry, time.perf_counter() - began
+    planned.writer.begin(planned.plan.numbers, planned.plan.classes, sink)
+    dcp.save(planned.shards, planned.writer, planned.planner)
+    return found[0], time.perf_counter() - began
 
 
 def _made_up(storage: Storage, path: str, image: Image, *args: object) -> list[bytes]:
@@ -255,8 +267,9 @@ class _Unread:
     def __init__(self) -> None:
         self.needed_bytes = self.header_bytes = self.files = self.reads = 0
 
-    def __call__(self, stored: StoredCheckpoint, rank: int, number: int, *args: object) -> "_Unread":
-        self._index = stored.index(rank)
+    def __call__(self, needed: read.Reads, file: read.File, *args: object) -> "_Unread":
+        rank, number = file
+        self._index = needed.stored.index(rank)
         self.header_bytes += self._index.files[number].header_bytes
         self.files += 1
         return self
@@ -284,7 +297,7 @@ def load(storage: LocalStorage, folder: str, tensors: Sequence[LogicalTensor], r
     stored = StoredCheckpoint(counted, folder)  # pyright: ignore[reportArgumentType]  # a load only opens
     opened = time.perf_counter()
     pairs = match(tensors, stored.tensors, {}, Allow()).pairs
-    with mock.patch.object(read, "_FileReader", unread):
+    with mock.patch.object(read, "FileReader", unread):
         data_bytes = dcp.load([dcp.Pairing(shard, pairs[shard.name]) for shard in shards], stored, rank)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     root_bytes = sum(counted.read.pop(stored.path(MANIFEST)))
@@ -299,7 +312,7 @@ def reshard(storage: LocalStorage, source: tuple[str, int], target: tuple[str, i
     stored, tensors = describe(*source, count), describe(*target, count)
     plan = _make_plan(stored, 0)
     needed = set().union(*(writers(plan.listed, tensors, rank) for rank in ranks))
-    attempt = begin_attempt(storage, STEP)
-    entries = {writer: write_index(plan_save(storage, stored, writer, plan), attempt)[0] for writer in sorted(needed)}
+    attempt = begin(storage)
+    entries = {writer: write_index(plan_save(stored, writer, plan), storage, attempt)[0] for writer in sorted(needed)}
     commit_attempt(storage, attempt, manifest(plan, list(shapes(count)), source[1], attempt, entries))
     return [load(storage, step_name(STEP), tensors, rank) for rank in ranks]

@@ -32,7 +32,7 @@ def save_source(engine: str, kind: dict[str, Any], run: str) -> dict[str, Any]:
         for number in range(STEPS):
             trained.step(number)
         try:
-            Checkpointer(run, trained.member, **trained.members).save(Progress(step=STEPS, samples=STEPS * 12))
+            Checkpointer(run, trained.member, max_in_flight=0, **trained.members).save(Progress(step=STEPS, samples=STEPS * 12))
         except EngineError as e:
             return {"refused": f"save: {type(e).__name__}: {e}"}
         numbers = trained.numbers()
@@ -57,7 +57,7 @@ def load_target(engine: str, kind: dict[str, Any], run: str, first_steps: int = 
         for number in range(first_steps):
             trained.step(100 + number)
         try:
-            checkpointer = Checkpointer(run, trained.member, **trained.members)
+            checkpointer = Checkpointer(run, trained.member, max_in_flight=0, **trained.members)
             alike = _equal_already(checkpointer, run)
             assert not alike, f"before the load these are equal already, so the cell would show nothing: {alike}"
             checkpointer.resume("latest", allow_cast=CAST if kind["dtype"] != "fp32" else [])

@@ -20,13 +20,13 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.harness import Result, Row, main
-from benchmarks.imagined import LAYOUTS, STEP, Loaded, describe, manifest, plan_save, reshard, shapes, write_index
+from benchmarks.imagined import LAYOUTS, STEP, Loaded, begin, describe, manifest, plan_save, reshard, shapes, write_index
 from engine.format.checksum import DIGEST_BYTES
 from engine.format.manifest import IndexEntry, encode_manifest
 from engine.storage import LocalStorage
 from engine.sync import Ranks, Store, _Report, compare
 from engine.transfer import replicas
-from engine.transfer.commit import begin_attempt, commit_attempt
+from engine.transfer.commit import commit_attempt
 
 _SHOWN = (
     "what",
@@ -55,11 +55,11 @@ def plans(layout: str, world: int, count: int, samples: int) -> Row:
     others' mean times their number."""
     tensors = describe(layout, world, count)
     with _folder() as storage:
-        attempt = begin_attempt(storage, STEP)
-        timed = [min((plan_save(storage, tensors, rank) for _ in range(2)), key=lambda planned: planned.seconds) for rank in (0, world // 2)]
-        plan, written = timed[0].plan, {planned.rank: write_index(planned, attempt) for planned in timed}
+        attempt = begin(storage)
+        timed = [min((plan_save(tensors, rank) for _ in range(2)), key=lambda planned: planned.seconds) for rank in (0, world // 2)]
+        plan, written = timed[0].plan, {planned.rank: write_index(planned, storage, attempt) for planned in timed}
         for rank in {(2 * i + 1) * world // (2 * samples) for i in range(samples)} - written.keys():
-            written[rank] = write_index(plan_save(storage, tensors, rank, plan), attempt)
+            written[rank] = write_index(plan_save(tensors, rank, plan), storage, attempt)
         entries = {rank: entry for rank, (entry, _) in written.items()}
         root = encode_manifest(manifest(plan, list(shapes(count)), world, attempt, entries))
     others = statistics.mean(entry.size_bytes for rank, entry in entries.items() if rank)
@@ -129,7 +129,8 @@ def agreement() -> dict[str, Any]:
     digest = bytes(DIGEST_BYTES)
     alike = {"are at another [epoch, step, samples]": [1, STEP, 10**6], "have other tensors, shapes or layouts": digest}
     alike |= {"have other optimizer settings, schedules or counters": digest, "have another state of data": digest}
-    return {"alike": alike, "shared": {"Mesh(shape=(4096,), first=0, strides=(), ranks=())(-1,)[-1]": digest}}
+    shared = {"Mesh(shape=(4096,), first=0, strides=(), ranks=())(-1,)[-1]": digest}
+    return {"alike": alike, "shared": shared, "index": [1_200_000, digest, 1_200_000_000]}
 
 
 def agreed(reports: list[dict[str, Any]]) -> list[str]:
@@ -137,8 +138,7 @@ def agreed(reports: list[dict[str, Any]]) -> list[str]:
     return replicas.drifted([report["shared"] for report in reports])
 
 
-WRITTEN = [1_200_000, bytes(DIGEST_BYTES), 1_200_000_000]
-ROUNDS = [("agree on the save", agreement()), ("begin the save", None), ("write the shards", WRITTEN), ("commit", None)]
+ROUNDS = [("save", agreement())]
 """What a rank other than rank 0 reports in a save, round by round."""
 
 
@@ -187,17 +187,21 @@ def commits(worlds: Sequence[int], count: int) -> list[Row]:
 
 
 def _commit(world: int, count: int, host: Any, pipe: Connection) -> Row:
-    plan, names, store = plan_save(LocalStorage("."), describe("fsdp2", world, count), 0).plan, list(shapes(count)), _counting(host, world)
+    plan, names, store = plan_save(describe("fsdp2", world, count), 0).plan, list(shapes(count)), _counting(host, world)
     ranks = Ranks(0, world, store)
     pipe.send(world)
     assert pipe.recv() == "ready"
     with _folder() as storage, _collector_paused():
         began = time.perf_counter()
-        ranks.round("agree on the save", agreement, agreed)
-        attempt = ranks.first("begin the save", lambda: begin_attempt(storage, STEP))
-        written = ranks.collect("write the shards", lambda: WRITTEN)
-        entries = {rank: IndexEntry(*entry[:2]) for rank, entry in enumerate(written)}
-        ranks.first("commit", lambda: commit_attempt(storage, attempt, manifest(plan, names, world, attempt, entries)))
+        attempt = begin(storage)
+
+        def conclude(reports: list[dict[str, Any]]) -> list[str]:
+            drifted = agreed(reports)
+            entries = {rank: IndexEntry(*report["index"][:2]) for rank, report in enumerate(reports)}
+            commit_attempt(storage, attempt, manifest(plan, names, world, attempt, entries))
+            return drifted
+
+        ranks.round("save", agreement, conclude)
         seconds = time.perf_counter() - began
     calls, size_bytes = pipe.recv()
     return {

@@ -7,32 +7,39 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
+import torch
 
 from engine import catalog, dcp
 from engine.catalog import Retention
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
+from engine.events import sink_of
 from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import IndexEntry, Line, Manifest, Summary
-from engine.format.names import LATEST, step_name
+from engine.format.names import LATEST, new_holder, step_name
 from engine.format.record import encode_record
 from engine.loading import Loading
-from engine.plan.assign import assign_writers
+from engine.plan.assign import Frozen, assign_writers, place_frozen
+from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
 from engine.plan.order import reading_order
+from engine.saving import OnFailure, Save, Saves, watch_steps
 from engine.state.members import Members
 from engine.state.progress import Monitor, Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
 from engine.storage import LocalStorage
-from engine.sync import compare, current_ranks
-from engine.transfer import replicas
-from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
+from engine.sync import current_ranks
+from engine.transfer import process, replicas
 from engine.transfer.compare import differences
+from engine.transfer.exchange import process_group
+from engine.transfer.process import Settings
+from engine.transfer.runfile import write_run_file
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
@@ -59,29 +66,33 @@ def _collector_paused() -> Iterator[None]:
 @dataclass(frozen=True)
 class _Plan:
     """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared. ``listed`` are the same
-    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones."""
+    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones. ``frozen`` are
+    parts of tensors that nobody trains, which get files of their own."""
 
     described: tuple[LogicalTensor, ...]
+    frozen: frozenset[Frozen]
     assigned: tuple[LogicalTensor, ...]
     digest: bytes
     listed: tuple[LogicalTensor, ...]
     numbers: Mapping[str, int]
     classes: Sequence[int]
+    has_frozen: bool
     shared: Sequence[int]
     planner: dcp.ShardSavePlanner
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """One save's state: live shards, and everything that is not a tensor: shared by all ranks, and this rank's own. ``alike`` must be
-    the same on all ranks, as must the tensors at the places ``compared``."""
+    """One save's state: live shards, of which ``stepped`` change in optimizers' steps only, and everything that is not a tensor: shared
+    by all ranks, and this rank's own. ``alike`` must be the same on all ranks, as must the digests of what several ranks hold."""
 
     progress: Progress
     shards: list[Shard]
+    stepped: frozenset[str]
     record: bytes
     own_record: bytes
     alike: dict[str, Any]
-    compared: list[int]
+    digests: replicas.Digests
     plan: _Plan
 
 
@@ -101,6 +112,10 @@ class Checkpointer:
         replicas: how much of what several ranks hold alike is compared between them at each save: ``all``, a ``sample`` that goes
             round, or ``off``.
         names: whether folders with invalid step names in the run are tolerated on resume, or refused.
+        max_in_flight: how many saves may be behind training at once, each with an image of this rank's state in memory; a further one
+            waits. With 0, ``save`` returns when its checkpoint is durable and visible, and takes no memory.
+        on_failure: whether a save that fails behind training raises at the next call, or is a warning and training goes on.
+        events: functions that are given a :class:`~engine.events.SaveEvent` for each save, TensorBoard writers, or W&B runs.
         timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`.
 
     A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``.
@@ -122,6 +137,9 @@ class Checkpointer:
         mode: str = "min",
         replicas: replicas.Replicas = "sample",
         names: Names = "tolerate",
+        max_in_flight: int = 2,
+        on_failure: OnFailure = "raise",
+        events: Sequence[Any] = (),
         timeout_seconds: float = 600.0,
         **members: Any,
     ) -> None:
@@ -131,12 +149,23 @@ class Checkpointer:
         self._monitor = Monitor(monitor, mode) if monitor is not None else None
         self._replicas = replicas
         self._names: Names = names
+        self._max_in_flight = max_in_flight
         self._ranks = current_ranks(timeout_seconds)
         self._ranks.agree("attach", lambda: self._attach(model, members))
-        self._writer = dcp.ShardWriter(self._storage, self._ranks.rank)
+        holder = self._ranks.first("attach", new_holder)
+        keep = self._retention
+        settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best))
+        sinks = [sink_of(target) for target in events]
+        self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
+        watch_steps(self._members.optimizers(), self._saves)
+        self._writer = dcp.ShardWriter(self._ranks.rank)
         self._plan: _Plan | None = None
+        self._orders: tuple[_Plan, process.Plan] | None = None
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
-        self._saves = 0
+        self._count = 0
+        self._changed: dict[int, set[str]] = {}
+        self._restless: set[str] = set()
+        self._deferred: tuple[Progress, Mapping[str, float]] | None = None
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
@@ -150,96 +179,139 @@ class Checkpointer:
 
     @_collector_paused()
     def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
-        """Write a checkpoint of all members as step ``progress.step``; returns its folder when it is durable and visible.
+        """Save a checkpoint of all members as step ``progress.step``; returns the name of the folder that it will have.
 
-        ``metrics`` enter ``progress.metrics`` and ``progress.history``; the monitored one moves ``progress.best``.
+        Returns once this rank's state is copied: what training does from then on is not in it. Writing and committing follow behind
+        training; :meth:`wait` waits for them. ``metrics`` enter ``progress.metrics`` and ``progress.history``; the monitored one moves
+        ``progress.best``.
 
-        Every rank calls this, at an optimizer-step boundary. If one rank fails, all raise and what was committed before stays as it
-        was; the new step is not visible, unless the failure came after its rename (moving ``latest``), which the message then says.
-        A step that exists is replaced. Then steps that retention does not keep are deleted.
+        Every rank calls this. Inside DeepSpeed's gradient accumulation the save is deferred to its boundary, and returns "". A save
+        that fails raises at the next call, on all ranks; what was committed before stays as it was, and the new step is not visible,
+        unless the failure came after its rename (moving ``latest``), which the message then says. A step that exists is replaced. Then
+        steps that retention does not keep are deleted. Another rank's error is raised as this one's.
         """
+        self._saves.check()
+        if told := self._members.pending():
+            self._defer(progress, metrics or {}, told)
+            return ""
+        self._deferred = None
         began = time.perf_counter()
-        captured = self._plan_save(progress, metrics or {})
-        attempt = self._ranks.first("begin the save", lambda: self._begin(captured.progress.step))
         try:
-            written = self._ranks.collect("write the shards", lambda: self._write(attempt, captured))
-            self._ranks.first("commit", lambda: self._commit(attempt, captured, written))
-        except BaseException:
-            if self._ranks.rank == 0:
-                abort_attempt(self._storage, attempt)
+            captured = self._capture(progress, metrics or {})
+        except Exception as e:
+            self._saves.submit_failure(getattr(progress, "step", 0), e)
             raise
+        save = Save(
+            step=captured.progress.step,
+            record=captured.own_record,
+            alike=captured.alike,
+            shared=captured.digests,
+            manifest=lambda attempt, indexes, size_bytes: self._manifest(captured, attempt, indexes, size_bytes),
+            on_change=partial(self._note_changed, self._count, captured.plan),
+            before_commit=lambda: write_run_file(self._storage, self._config, captured.progress.wandb_run_id),
+            began=began,
+        )
+        self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.submit(save, plan, views, captured.stepped))
         progress.take(captured.progress)
-        saved = step_name(captured.progress.step)
+        self._count += 1
+        save.blocked = time.perf_counter() - began
+        return f"{self._storage.root}/{step_name(captured.progress.step)}"
+
+    @_collector_paused()
+    def prepare(self) -> None:
+        """Lay out the next save's plan and allocate the memory for it now, so that the first save takes no longer than others. Called
+        by :meth:`resume`; a fresh run may call it after the first optimizer step, when all state exists."""
+        shards, _ = self._members.capture()
+        self._hand_over(self._plan_of(shards), shards, lambda plan, _: self._saves.lay_out(plan))
+
+    def wait(self) -> None:
+        """Until every save is durable and visible; raises what one of them failed with. Every rank calls this."""
+        self._save_deferred()
+        self._saves.wait_idle()
+        self._saves.check()
+
+    def close(self) -> None:
+        """Wait for the saves in flight, and end the writer process. Every rank calls this; an end of the interpreter does as well."""
+        try:
+            self.wait()
+        finally:
+            self._saves.close()
+
+    def _defer(self, progress: Progress, metrics: Mapping[str, float], told: str) -> None:
         if self._ranks.rank == 0:
-            self._clean_up(saved, captured.progress)
-        self._saves += 1
-        seconds = time.perf_counter() - began
-        logger.info("saved %s: %.1f MB by this rank in %.2f s", saved, self._writer.bytes_written / 1e6, seconds)
-        return f"{self._storage.root}/{saved}"
+            logger.info("save() inside %s; the save is deferred to the boundary", told)
+        is_new, self._deferred = self._deferred is None, (progress, metrics)
+        if is_new:
+            self._members.before_forward(self._save_deferred)
 
-    def _plan_save(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
-        """Capture live shards and the records; all ranks compare what must be the same. The last plan serves while tensors stay
-        alike."""
-        captured: list[_Captured] = []
+    def _save_deferred(self) -> bool:
+        """Whether nothing is deferred any more. Called before each forward while something is."""
+        if self._deferred is not None and not self._members.pending():
+            self.save(*self._deferred)
+        return self._deferred is None
 
-        def capture() -> dict[str, Any]:
-            captured.append(self._capture(progress, metrics))
-            now = captured[0]
-            return {"alike": now.alike, "shared": replicas.digests(now.shards, now.compared, self._ranks.rank)}
+    def _hand_over(self, plan: _Plan, shards: list[Shard], take: Callable[[process.Plan, list[torch.Tensor]], None]) -> None:
+        """Through DCP, which plans and resolves: ``take`` gets this rank's files as laid out, and the live tensors for them."""
 
-        def conclude(reports: list[dict[str, Any]]) -> list[str]:
-            compare([report["alike"] for report in reports])
-            return replicas.drifted([report["shared"] for report in reports])
+        taken = False
 
-        drifted = self._ranks.round("agree on the save", capture, conclude)
-        if drifted:
-            now, rank = captured[0], self._ranks.rank
-            details = lambda: replicas.details(now.shards, now.compared, rank, drifted)  # noqa: E731
-            self._ranks.round("compare replicas", details, replicas.name_the_drift)
-        return captured[0]
+        def sink(layout: ShardLayout, views: list[torch.Tensor]) -> None:
+            nonlocal taken
+            taken = True
+            if self._orders is None or self._orders[0] is not plan:
+                self._orders = (plan, process.Plan(layout, plan.listed, self._members.aliases()))
+            take(self._orders[1], views)
+
+        self._writer.begin(plan.numbers, plan.classes, sink, plan.has_frozen)
+        dcp.save(shards, self._writer, plan.planner)
+        if not taken:
+            raise UsageError("torch.distributed.checkpoint.save returned without writing: it is patched, or of a release that is not known here")
+
+    def _plan_of(self, shards: list[Shard]) -> _Plan:
+        """The last plan serves while tensors stay alike."""
+        described = tuple(shard.tensor for shard in shards)
+        frozen = self._members.frozen()
+        for count in [count for count in list(self._changed) if count < self._count - self._max_in_flight]:
+            self._restless |= self._changed.pop(count)
+        if self._restless:
+            frozen = frozenset(part for part in frozen if part[0] not in self._restless)
+        if self._plan is None or self._plan.described != described or self._plan.frozen != frozen:
+            self._plan = _make_plan(described, self._ranks.rank, frozen, self._ranks.world_size)
+        return self._plan
+
+    def _note_changed(self, count: int, plan: _Plan, numbers: list[int]) -> None:
+        """What was taken for frozen and was written anew is so no longer: an EMA, a teacher. From the save on before which all ranks must
+        have heard of it, so that they plan alike."""
+        if numbers:
+            self._changed[count] = {plan.listed[number].name for number in numbers}
 
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
         if self._spoiled:
             raise UsageError(f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving")
         plain = progress.plain(metrics, self._monitor)
-        shards = self._members.capture()
-        described = tuple(shard.tensor for shard in shards)
-        if self._plan is None or self._plan.described != described:
-            self._plan = _make_plan(described, self._ranks.rank)
+        shards, stepped = self._members.capture()
+        plan = self._plan_of(shards)
         models, objects, own = self._members.records()
         alike = {
             "are at another [epoch, step, samples]": [plain.epoch, plain.step, plain.samples],  # metrics may be a rank's own: rank 0's are kept
-            "have other tensors, shapes or layouts": self._plan.digest,
+            "have other tensors, shapes or layouts": plan.digest,
             "have other optimizer settings, schedules or counters": digest(encode_record(models)),
             "have another state of " + " and ".join(objects): digest(encode_record(objects)),
         }
         record = {"progress": msgspec.to_builtins(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
-        compared = list(self._plan.shared) if self._ranks.world_size > 1 and self._replicas != "off" else []
-        if self._replicas == "sample":
-            compared = replicas.sample(shards, compared, self._saves)
-        return _Captured(plain, shards, encode_record(record), encode_record({"rng": capture_rng(), "objects": own}), alike, compared, self._plan)
+        own_record = encode_record({"rng": capture_rng(), "objects": own})
+        return _Captured(plain, shards, stepped, encode_record(record), own_record, alike, self._digests(plan, shards), plan)
 
-    def _begin(self, step: int) -> str:
-        attempt = begin_attempt(self._storage, step)
+    def _digests(self, plan: _Plan, shards: list[Shard]) -> replicas.Digests:
+        compared = plan.shared if self._ranks.world_size > 1 and self._replicas != "off" else []
+        if self._replicas == "sample":
+            compared = replicas.sample(shards, compared, self._count)
+        return replicas.digests(shards, compared, self._ranks.rank)
+
+    def _manifest(self, captured: _Captured, attempt: str, indexes: Sequence[IndexEntry], size_bytes: int) -> Manifest:
+        progress, plan, monitor = captured.progress, captured.plan, self._monitor
         if self._lineage is None:
             self._lineage = catalog.lineage_after(self._storage, None, _line_name())
-        return attempt
-
-    def _write(self, attempt: str, captured: _Captured) -> list[Any]:
-        """This rank's files; returns its index's size and digest, and the bytes of all."""
-        plan = captured.plan
-        self._writer.begin(attempt, plan.numbers, plan.classes, captured.own_record)
-        dcp.save(captured.shards, self._writer, plan.planner)
-        assert self._writer.index_entry is not None
-        return [self._writer.index_entry.size_bytes, self._writer.index_entry.digest, self._writer.bytes_written]
-
-    def _commit(self, attempt: str, captured: _Captured, written: Sequence[Any]) -> None:
-        write_run_file(self._storage, self._config, captured.progress.wandb_run_id)
-        commit_attempt(self._storage, attempt, self._manifest(captured, attempt, written))
-
-    def _manifest(self, captured: _Captured, attempt: str, written: Sequence[Any]) -> Manifest:
-        progress, plan, monitor = captured.progress, captured.plan, self._monitor
-        assert self._lineage is not None
         summary = Summary(
             engine=self._members.engine,
             world_size=self._ranks.world_size,
@@ -254,22 +326,9 @@ class Checkpointer:
             mode=monitor.mode if monitor else "",
             best_step=progress.best.step if progress.best else -1,
             tensors=len(plan.listed),
-            size_bytes=sum(size_bytes for *_, size_bytes in written),
+            size_bytes=size_bytes,
         )
-        return Manifest(summary, plan.listed, self._members.aliases(), tuple(IndexEntry(*entry[:2]) for entry in written), captured.record)
-
-    def _clean_up(self, saved: str, progress: Progress) -> None:
-        """After a commit, on rank 0: ``best``, what retention does not keep, and once what killed saves have left. A refusal of the
-        storage is told, and left for the next save: the checkpoint itself is safe."""
-        try:
-            if progress.best is not None and catalog.is_on_line(self._storage, best := step_name(progress.best.step), saved):
-                catalog.point_best(self._storage, best)
-            for name in catalog.expired(catalog.summaries(self._storage), saved, self._retention) if self._retention.last else []:
-                catalog.delete_step(self._storage, name)
-            if self._saves == 0:
-                catalog.sweep(self._storage)
-        except (EngineError, OSError) as e:
-            logger.warning("clearing up %s: %s", self._storage.root, e)
+        return Manifest(summary, plan.listed, self._members.aliases(), tuple(indexes), captured.record)
 
     # ------------------------------------------------------------------ load
 
@@ -301,6 +360,7 @@ class Checkpointer:
         overwritten.
         """
         allow = Allow(allow_missing, allow_unexpected, allow_cast, extend_rows or {})
+        self.wait()
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
             return Progress()
@@ -338,7 +398,9 @@ class Checkpointer:
         ranks.gather("compare the checkpoint with this run", load.compare)
         self._spoiled = str(stored.where)
         try:
-            bytes_read = sum(ranks.gather("read the shards", load.fill))
+            shared = any(ranks.gather("plan the reads", load.plan))
+            with process_group(ranks.timeout_seconds) if shared else contextlib.nullcontext() as group:
+                bytes_read = sum(ranks.gather("read the shards", lambda: load.fill(group)))
             ranks.gather("restore counters and hyper-parameters", load.restore)
             ranks.gather("derive the weights from their masters", self._members.publish)
             ranks.gather("restore the random state", lambda: self._go_on(load, root, folder))
@@ -348,6 +410,9 @@ class Checkpointer:
             e.add_note(_PARTLY)
             raise
         self._loaded, self._spoiled = (stored, load.stored_names), ""
+        self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
+        if self._max_in_flight:
+            self.prepare()
         if ranks.rank == 0:
             load.tell(self._config, bytes_read, time.perf_counter() - began)
         return load.progress
@@ -400,22 +465,22 @@ class Checkpointer:
 
         return max(self._ranks.gather("compare with the stored files", compare))
 
-    def close(self) -> None:
-        """Nothing is in flight: saves are durable when they return."""
-
 
 def _line_name() -> str:
     return os.urandom(6).hex()
 
 
-def _make_plan(described: tuple[LogicalTensor, ...], rank: int) -> _Plan:
+def _make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset[Frozen] = frozenset(), world_size: int = 1) -> _Plan:
     names = [tensor.name for tensor in described]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
     assigned = assign_writers(described)
-    order, classes = reading_order(assigned)
-    listed = tuple(assigned[place] for place in order)
+    placed = place_frozen(assigned, frozen, world_size)
+    has_frozen = placed != assigned
+    order, classes = reading_order(placed, world_size if has_frozen else None)
+    listed = tuple(placed[place] for place in order)
     numbers = {tensor.name: number for number, tensor in enumerate(listed)}
-    planner = dcp.ShardSavePlanner(assigned, rank)
-    return _Plan(described, assigned, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, replicas.shares(described), planner)
+    planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else 1 << 40)
+    shared = replicas.shares(described)
+    return _Plan(described, frozen, placed, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, has_frozen, shared, planner)

@@ -6,7 +6,7 @@ layout rules that all ranks know, so there is nothing to gather or scatter, and 
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,16 +30,13 @@ from torch.futures import Future
 
 from engine.errors import CheckpointCorrupt, UsageError
 from engine.format.layout import LogicalTensor
-from engine.format.manifest import Chunk, FileEntry, IndexEntry, RankIndex, encode_index, index_name
-from engine.plan.image import Image, Source, lay_out
-from engine.plan.reads import absent, wants
-from engine.state.boxes import Box, shift, written_boxes
+from engine.plan.image import ShardLayout, Source, shard_layout
+from engine.plan.reads import absent, sources
+from engine.state.boxes import Box, written_boxes
 from engine.state.shard import Shard, dtype_name, torch_dtype
-from engine.storage import Storage
-from engine.transfer.read import Request, fill
-from engine.transfer.stage import Stager
+from engine.transfer.exchange import exchange
+from engine.transfer.read import Reads, Request, fill, part
 from engine.transfer.stored import StoredCheckpoint
-from engine.transfer.write import Written, write_images, write_whole
 
 _KEY = "state"
 """The one top-level key of the state dict given to DCP: it decorates a call a key, which 10,000 keys would pay for."""
@@ -92,22 +89,38 @@ class ShardSavePlanner(SavePlanner):
     """Plans one rank's writes. The plan follows from the assigned writers alone: one planner serves every save of the same
     tensors, with the handles of the moment."""
 
-    def __init__(self, assigned: Sequence[LogicalTensor], rank: int) -> None:
+    def __init__(self, assigned: Sequence[LogicalTensor], rank: int, world_size: int = 1) -> None:
+        """Parts that are laid out over writers from ``world_size`` on are frozen: that of a rank is ``world_size`` higher."""
         self._rank = rank
-        self._boxes = [[box for part in tensor.parts for box in written_boxes(tensor, part, rank)] for tensor in assigned]
+        self._boxes = []
+        self.frozen: set[tuple[str, tuple[int, ...]]] = set()
+        for tensor in assigned:
+            own = [box for part in tensor.parts for box in written_boxes(tensor, part, rank)]
+            kept = [box for part in tensor.parts for box in written_boxes(tensor, part, world_size + rank)]
+            self.frozen.update((tensor.name, box.offsets) for box in kept)
+            self._boxes.append(own + kept)
         self._handles: dict[str, ShardTensor] = {}
         self._plan: SavePlan | None = None
+        self._views: list[torch.Tensor] | None = None
 
     def handles(self, shards: Sequence[Shard]) -> dict[str, ShardTensor]:
-        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``."""
-        return {shard.name: ShardTensor(shard, boxes, self._rank) for shard, boxes in zip(shards, self._boxes, strict=True) if boxes}
+        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``. What is the same
+        object as at the last save keeps its handle: making 10,000 of them takes longer than copying what they stand for."""
+        for shard, boxes in zip(shards, self._boxes, strict=True):
+            if boxes:
+                known = self._handles.get(shard.name)
+                if known is None or known._shard is not shard:
+                    self._handles[shard.name] = ShardTensor(shard, boxes, self._rank)
+                    self._views = None
+        return self._handles
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        self._handles = state_dict[_KEY]
+        """The handles are the planner's own."""
 
     def create_local_plan(self) -> SavePlan:
         if self._plan is None:
-            self._plan = SavePlan([item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)])
+            items = [item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)]
+            self._plan = SavePlan(items, planner_data=self.frozen)
         return self._plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -121,76 +134,70 @@ class ShardSavePlanner(SavePlanner):
         assert data is not None
         return handle._shard.view(Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)), handle._rank)
 
+    def views(self, plan: SavePlan) -> list[torch.Tensor]:
+        """The live tensor of each item; the same list while no handle has changed."""
+        if self._views is None:
+            self._views = [self.resolve_data(item) for item in plan.items]
+        return self._views
+
+
+Sink = Callable[[ShardLayout, list[torch.Tensor]], None]
+"""What becomes of a rank's files as laid out, and the live tensor of each of their items: written at once, or staged for it."""
+
 
 class ShardWriter(StorageWriter):
-    """Writes one rank's shard files and its index into an attempt's folder. Keeps file layouts while the plan stays the same."""
+    """Lays out one rank's files, and gives them to a sink. Keeps the layout while the plan stays the same."""
 
-    def __init__(self, storage: Storage, rank: int) -> None:
-        self._storage = storage
+    def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._stager = Stager()
-        self._folder = ""
         self._numbers: Mapping[str, int] = {}
         self._classes: Sequence[int] = ()
-        self._record = b""
-        self._laid_out: tuple[SavePlan, list[Image]] | None = None
-        self._files: list[FileEntry] = []
-        self.index_entry: IndexEntry | None = None
-        self.bytes_written = 0
+        self._sink: Sink | None = None
+        self._has_frozen = False
+        self._laid_out: tuple[SavePlan, ShardLayout] | None = None
 
-    def begin(self, folder: str, numbers: Mapping[str, int], classes: Sequence[int], record: bytes) -> None:
-        """Where the next save goes; each tensor's number in the manifest, and the geometry class by number; this rank's own
-        record."""
-        self._folder, self._numbers, self._classes, self._record = folder, numbers, classes, record
-        self.index_entry = None
+    def begin(self, numbers: Mapping[str, int], classes: Sequence[int], sink: Sink, has_frozen: bool = False) -> None:
+        """Each tensor's number in the manifest, and the geometry class by number; where the next save goes. ``has_frozen``: whether any
+        rank has frozen boxes."""
+        self._numbers, self._classes, self._sink, self._has_frozen = numbers, classes, sink, has_frozen
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """DCP calls this with a path where there is one; the folder comes from :meth:`begin`."""
+        """DCP calls this with a path where there is one; the sink knows it."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up a save: the folder exists."""
+        """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
-            sources = [_source(i, item) for i, item in enumerate(plan.items)]
-            sources.sort(key=lambda source: self._numbers[source.name])  # stable; what a reshard reads together lies together
-            self._laid_out = (plan, lay_out(sources))
-        return replace(plan, storage_data=self._laid_out[1])
+            boxes = [_source(i, item, plan.planner_data) for i, item in enumerate(plan.items)]
+            self._laid_out = (plan, shard_layout(self._rank, boxes, self._numbers, self._classes, self._has_frozen))
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        views = [planner.resolve_data(item) for item in plan.items]
-        self._files, places = write_images(self._storage, self._folder, self._rank, plan.storage_data, views, self._stager)  # type: ignore[arg-type]
+        assert self._laid_out is not None
+        assert self._sink is not None
+        assert isinstance(planner, ShardSavePlanner)
+        self._sink(self._laid_out[1], planner.views(plan))
         done: Future[list[WriteResult]] = Future()
-        done.set_result([WriteResult(item.index, places[i].nbytes, (item, places[i])) for i, item in enumerate(plan.items)])
+        done.set_result([])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        chunks = tuple(self._chunk(*result.storage_data) for result in results[0])
-        index, self.index_entry = encode_index(RankIndex(self._rank, tuple(self._files), chunks, self._record), self._classes)
-        write_whole(self._storage, f"{self._folder}/{index_name(self._rank)}", index)
-        self._storage.sync_folder(self._folder)
-        self.bytes_written = len(index) + sum(file.size_bytes for file in self._files)
-
-    def _chunk(self, item: WriteItem, place: Written) -> Chunk:
-        data = item.tensor_data
-        assert data is not None
-        return Chunk(
-            self._numbers[item.index.fqn], tuple(data.chunk.offsets), tuple(data.chunk.sizes), place.file, place.offset, place.nbytes, place.digests
-        )
+        """Whoever wrote the files has written their index, with checksums; the manifest follows when all ranks have."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return False  # never picked by path: DCP would not call begin()
 
 
-def _source(number: int, item: WriteItem) -> Source:
-    data = item.tensor_data
+def _source(number: int, item: WriteItem, frozen: set[tuple[str, tuple[int, ...]]]) -> Source:
+    data, name = item.tensor_data, item.index.fqn
     assert data is not None
-    dtype, sizes = data.properties.dtype, tuple(data.chunk.sizes)
-    return Source(number, item.index.fqn, dtype_name(dtype), tuple(data.chunk.offsets), sizes, dtype.itemsize * torch.Size(sizes).numel())
+    dtype, offsets, sizes = data.properties.dtype, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
+    return Source(number, name, dtype_name(dtype), offsets, sizes, dtype.itemsize * torch.Size(sizes).numel(), (name, offsets) in frozen)
 
 
 class Pairing(Struct, frozen=True):
@@ -211,25 +218,29 @@ class ShardLoadPlanner(LoadPlanner):
     def __init__(self, pairings: Sequence[Pairing], rank: int) -> None:
         self._pairings = pairings
         self._rank = rank
+        self._plan: LoadPlan | None = None
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         """The pairings hold all that is needed."""
 
     def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([], planner_data=[request for pairing in self._pairings for request in self._requests(pairing)])
+        if self._plan is None:
+            requests: list[Request] = []
+            for pairing in self._pairings:
+                self._add_requests(pairing, requests)
+            self._plan = LoadPlan([], planner_data=requests)
+        return self._plan
 
-    def _requests(self, pairing: Pairing) -> Iterator[Request]:
-        stored = pairing.stored
+    def _add_requests(self, pairing: Pairing, requests: list[Request]) -> None:
+        stored, name = pairing.stored, pairing.stored.name
         for box, view in pairing.shard.held(self._rank):
-            missing = box.numel
-            for rank, source, overlap in wants(stored, box):
-                missing -= overlap.numel
-                target = view if overlap == box else _part(view, box, overlap)
-                yield Request(stored.name, rank, source.offsets, shift(overlap, source.offsets, -1), target)
+            found, missing = sources(stored.shape, stored.parts, box)
+            for rank, offsets, inner, overlap in found:
+                requests.append(Request(name, rank, offsets, inner, part(view, box, overlap)))
             if missing:
                 missing -= _fill_absent(stored, box, view, pairing.kept_from)
             if missing:
-                raise CheckpointCorrupt(f"{stored.name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
+                raise CheckpointCorrupt(f"{name}: the checkpoint lacks {missing} of the {box.numel} elements at {list(box.offsets)}")
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
         return global_plan
@@ -255,23 +266,20 @@ def _fill_absent(stored: LogicalTensor, box: Box, view: torch.Tensor, kept_from:
     filled = 0
     for overlap, value in absent(stored, box):
         if kept_from is None or overlap.offsets[0] < kept_from:
-            _part(view, box, overlap).fill_(value)
+            part(view, box, overlap).fill_(value)
         filled += overlap.numel
     return filled
 
 
-def _part(view: torch.Tensor, box: Box, inner: Box) -> torch.Tensor:
-    """The view of ``inner`` in the view of ``box`` around it."""
-    for dim, (offset, base, size) in enumerate(zip(inner.offsets, box.offsets, inner.sizes, strict=True)):
-        view = view.narrow(dim, offset - base, size)
-    return view
-
-
 class ShardReader(StorageReader):
-    """Reads the ranges of a :class:`ShardLoadPlanner`'s plan from a committed step."""
+    """Reads the ranges of a :class:`ShardLoadPlanner`'s plan from a committed step: all that is needed here, or, where :attr:`group` is
+    set, its share of what all ranks need."""
 
-    def __init__(self, stored: StoredCheckpoint) -> None:
+    def __init__(self, stored: StoredCheckpoint, rank: int, world_size: int) -> None:
         self._stored = stored
+        self._rank, self._world_size = rank, world_size
+        self._reads: Reads | None = None
+        self.group: Any = None
         self.bytes_read = 0
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -285,13 +293,16 @@ class ShardReader(StorageReader):
         """The manifest is already read and verified."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        if self._reads is None:
+            self._reads = Reads(self._stored, plan.planner_data, self._rank, self._world_size)
+        return replace(plan, planner_data=self._reads)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        self.bytes_read += fill(self._stored, plan.planner_data)
+        reads = plan.planner_data
+        self.bytes_read += exchange(reads, self.group) if self.group is not None else fill(reads)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -302,17 +313,41 @@ class ShardReader(StorageReader):
 
 
 def save(shards: Sequence[Shard], writer: ShardWriter, planner: ShardSavePlanner) -> None:
-    """Write this rank's part. No communication."""
+    """Give this rank's part to the writer's sink. No communication."""
     with _local_call():
         dcp.save({_KEY: planner.handles(shards)}, storage_writer=writer, planner=planner, no_dist=True)
 
 
-def load(pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int) -> int:
-    """Fill this rank's live shards in place; returns the bytes read. No communication."""
-    reader = ShardReader(stored)
-    with _local_call(), torch.no_grad():
-        dcp.load({_KEY: {}}, storage_reader=reader, planner=ShardLoadPlanner(pairings, rank), no_dist=True)
-    return reader.bytes_read
+class ShardLoad:
+    """One load of this rank, planned when this is made: from the indexes, without communication.
+
+    Raises :class:`CheckpointCorrupt` where the checkpoint has not all that is needed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int, world_size: int) -> None:
+        self._planner = ShardLoadPlanner(pairings, rank)
+        self._reader = ShardReader(stored, rank, world_size)
+        self._reads: Reads = self._reader.prepare_local_plan(self._planner.create_local_plan()).planner_data
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether this rank needs what another one should read for it."""
+        return self._reads.is_shared
+
+    def run(self, group: Any = None) -> int:
+        """Fill this rank's live shards in place; returns the bytes that it read. With a ``group`` every rank calls this: see
+        :func:`engine.transfer.exchange.exchange`. Without one there is no communication."""
+        self._reader.group = group
+        with _local_call(), torch.no_grad():
+            dcp.load({_KEY: {}}, storage_reader=self._reader, planner=self._planner, no_dist=True)
+        return self._reader.bytes_read
+
+
+def load(pairings: Sequence[Pairing], stored: StoredCheckpoint, rank: int, world_size: int = 1) -> int:
+    """Fill this rank's live shards in place, reading all of it here; returns the bytes read. No communication. Of ``world_size`` ranks
+    that do so one checks each file's header."""
+    return ShardLoad(pairings, stored, rank, world_size).run()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then fill; then restore the rest."""
+"""One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then plan; fill; restore the rest."""
 
 import logging
 from collections.abc import Sequence
@@ -44,6 +44,9 @@ class Loading:
         self._targets = Targets([], [])
         self._matched = Match()
         self._object_tensors: dict[str, dict[str, tuple[torch.Tensor, Shard]]] = {}
+        self._pairings: list[dcp.Pairing] = []
+        self._load: dcp.ShardLoad
+        self._bytes_read = 0
         self._news: list[str] = []
         self._told: list[str] = []
 
@@ -57,7 +60,9 @@ class Loading:
         read_apart = [self.stored_names.get(shard.name, shard.name) for shard in targets.scalars]
         gone = [name for left_out in self._objects.keys() - self._object_tensors.keys() for name in references(self._objects[left_out])]
         self._matched = match(live, stored.tensors, self.stored_names, self._allow, [*read_apart, *gone])
-        self._read([dcp.Pairing(shard, stored.tensors[self.stored_names.get(shard.name, shard.name)]) for shard in targets.scalars])
+        scalars = [dcp.Pairing(shard, stored.tensors[self.stored_names.get(shard.name, shard.name)]) for shard in targets.scalars]
+        if scalars:  # a few bytes, which every rank reads by itself
+            self._bytes_read = dcp.load(scalars, stored, self._rank, self._world_size)
         for member in models.values():
             self._told += member.check_load(self._override)
 
@@ -91,8 +96,9 @@ class Loading:
                 raise CheckpointCorrupt(f"{self.stored.where}: the record of rank {writer} is not as this version writes it")
         return self._own
 
-    def fill(self) -> int:
-        """Give the optimizers the states that the checkpoint has, then fill everything in place; returns the bytes read."""
+    def plan(self) -> bool:
+        """Give the optimizers the states that the checkpoint has, and find in the indexes where everything is; returns whether
+        ranks need what others read, so that they must exchange it."""
         shards = list(self._targets.tensors)
         for member in self._members.models.values():
             shards += member.prepare()
@@ -103,20 +109,24 @@ class Loading:
             raise LayoutError(
                 f"{len(unread)} stored tensors have no live counterpart to fill, such as {min(unread)}: the optimizer keeps other states than before"
             )
-        pairings = [self._pairing(shard, pairs[shard.name]) for shard in shards if shard.name in pairs]
-        bytes_read = self._read(pairings)
-        for pairing in pairings:
-            if self._matched.extended.get(pairing.shard.name) == "mean":
+        self._pairings = [self._pairing(shard, pairs[shard.name]) for shard in shards if shard.name in pairs]
+        self._load = dcp.ShardLoad(self._pairings, self.stored, self._rank, self._world_size)
+        return self._load.is_shared
+
+    def fill(self, group: Any = None) -> int:
+        """Everything in place; returns the bytes that this rank read. ``group``: see :meth:`engine.dcp.ShardLoad.run`."""
+        bytes_read = self._bytes_read + self._load.run(group)
+        for pairing in self._pairings:
+            if pairing.kept_from is not None and self._matched.extended[pairing.shard.name] == "mean":
                 self._fill_with_mean(pairing)
-            self._note_absent(pairing)
+            if _has_absent(pairing.shard.tensor) or _has_absent(pairing.stored):
+                self._note_absent(pairing)
         return bytes_read
 
     def _pairing(self, shard: Shard, stored: LogicalTensor) -> dcp.Pairing:
-        kept = self._matched.extended.get(shard.name) in ("keep", "mean")
+        extended = self._matched.extended
+        kept = bool(extended) and extended.get(shard.name) in ("keep", "mean")
         return dcp.Pairing(shard, stored, self.stored.tensors[stored.name].shape[0] if kept else None)
-
-    def _read(self, pairings: Sequence[dcp.Pairing]) -> int:
-        return dcp.load(pairings, self.stored, self._rank) if pairings else 0
 
     @torch.no_grad()
     def _fill_with_mean(self, pairing: dcp.Pairing) -> None:
@@ -185,3 +195,10 @@ class Loading:
         for what, names in (("kept as they were", matched.missing), ("left out", matched.unexpected), ("converted", matched.cast)):
             if names:
                 logger.warning("%d tensors %s, as allowed: %s%s", len(names), what, ", ".join(names[:5]), " …" if len(names) > 5 else "")
+
+
+def _has_absent(tensor: LogicalTensor) -> bool:
+    for part in tensor.parts:  # noqa: SIM110 - a generator a tensor costs more than the rest
+        if type(part.layout) is Absent:
+            return True
+    return False

@@ -182,8 +182,8 @@ class Ranks:
             return _Decision(failure=failures[0])
         try:
             return _Decision(conclude([report.value for report in reports]))
-        except EngineError as e:
-            return _Decision(failure=_failure(_TOGETHER, e))
+        except Exception as e:  # noqa: BLE001 - a decision must be made: all wait for it
+            return _Decision(failure=_failure(_TOGETHER if isinstance(e, EngineError) else 0, e))
 
     def _read(self, keys: list[str]) -> list[bytes]:
         store: Any = self.store
@@ -217,10 +217,11 @@ def compare(reports: Sequence[dict[str, Any]]) -> None:
 _instances = 0
 
 
-def current_ranks(timeout_seconds: float = 600.0) -> Ranks:
+def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False) -> Ranks:
     """The ranks of ``torch.distributed``'s default group; one rank where it is not initialised.
 
     Every rank calls this the same number of times, in the same order: each call opens a name space of its own in the store.
+    ``own_client``: for a thread of its own. A store's client carries out one operation at a time, and some of them wait.
     """
     import torch.distributed as dist
 
@@ -229,7 +230,7 @@ def current_ranks(timeout_seconds: float = 600.0) -> Ranks:
     global _instances
     _instances += 1
     default: Any = dist.distributed_c10d._get_default_store()  # the one store that every job has
-    store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_instances}", default)
+    store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_instances}", default.clone() if own_client else default)
     return Ranks(dist.get_rank(), dist.get_world_size(), store, timeout_seconds)
 
 

@@ -10,18 +10,18 @@ from unittest import mock
 import torch
 
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
-from engine.format.manifest import Chunk, IndexEntry, Line, Manifest, RankIndex, Summary, encode_index, index_name
+from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import step_name
 from engine.format.record import encode_record
 from engine.plan.assign import assign_writers
-from engine.plan.image import Source, lay_out
+from engine.plan.image import Source, shard_layout
 from engine.plan.order import reading_order
 from engine.state.boxes import Box, part_box, written_boxes
 from engine.state.shard import dtype_name
 from engine.storage import LocalStorage
 from engine.transfer.commit import commit_attempt
-from engine.transfer.stage import Stager
-from engine.transfer.write import write_images, write_whole
+from engine.transfer.stage import LiveImages
+from engine.transfer.write import write_shards
 
 WHOLE = (Part(Grid(Mesh((1,)), (REPLICATED,))),)
 
@@ -81,22 +81,17 @@ def write_step(
 
 
 def _write_rank(storage, folder, rank, listed, classes, values) -> tuple[IndexEntry, int]:
-    sources, numbers, views = [], [], []
-    for number, tensor in enumerate(listed):
+    sources, views = [], []
+    for tensor in listed:
         for part in tensor.parts:
             for box in written_boxes(tensor, part, rank):
                 view = values[tensor.name][region(box)].contiguous()
                 sources.append(Source(len(views), tensor.name, tensor.dtype, box.offsets, box.sizes, view.numel() * view.element_size()))
-                numbers.append(number)
                 views.append(view)
-    files, places = write_images(storage, folder, rank, lay_out(sources), views, Stager())
-    chunks = tuple(
-        Chunk(number, source.offsets, source.sizes, place.file, place.offset, place.nbytes, place.digests)
-        for number, source, place in zip(numbers, sources, (places[i] for i in range(len(sources))), strict=True)
-    )
-    data, entry = encode_index(RankIndex(rank, tuple(files), chunks, encode_record({"rng": {"seed": rank}, "objects": {}})), classes)
-    write_whole(storage, f"{folder}/{index_name(rank)}", data)
-    return entry, len(data) + sum(file.size_bytes for file in files)
+    layout = shard_layout(rank, sources, {tensor.name: number for number, tensor in enumerate(listed)}, classes)
+    record = encode_record({"rng": {"seed": rank}, "objects": {}})
+    written = write_shards(storage, folder, layout, LiveImages(layout, views), record)
+    return written.index, written.size_bytes
 
 
 def region(box: Box) -> tuple[slice, ...]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, IncompatibleCheckpoint, StorageError, UsageError
+from tests.now import Checkpointer
 from tests.storage.test_local import file_size_limit
 from tests.tiny import make, same, save, state
 
@@ -261,7 +262,7 @@ def test_a_disk_that_is_full_loses_nothing_committed(step):
         pytest.raises(StorageError, match=rf"cannot write .*{re.escape(SHARD)}: File too large .*committed before are untouched"),
     ):
         checkpointer.save(Progress(step=2))
-    assert sorted(os.listdir(step.parent)) == ["latest", "run.json", step.name], "nothing torn is left"
+    assert sorted(os.listdir(step.parent)) == [".lease", "latest", "run.json", step.name], "nothing torn is left"
     checkpointer.save(Progress(step=3))
     Checkpointer(step.parent, model).resume("step:1")
     assert same(state(model), state(make(seed=0)))

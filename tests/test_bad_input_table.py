@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks.pool import Pools
-from engine import Checkpointer, ElasticSampler, Progress
+from engine import ElasticSampler, Progress
 from tests import tiny
 from tests.dist import jobs, rows
 from tests.dist.test_replicas import resume_own, save_own, train_past_the_wrapper
+from tests.now import Checkpointer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 SHARD = "rank_00000.0.safetensors"
@@ -166,8 +167,8 @@ def test_cases_on_several_ranks(pools: Pools, tmp_path):
     pools[2].run(save_own, str(tmp_path / "d"))
     assert all(covers(table()["a per-rank state on another number of ranks"], found) for found, _ in pools[3].run(resume_own, str(tmp_path / "d")))
 
-    found = pools[1].run(jobs.save_inside_accumulation, "zero1", str(tmp_path / "e"))[0]
-    assert covers(table()["a save inside gradient accumulation"], found)
+    found = pools[1].run(jobs.resume_inside_accumulation, "zero1", str(tmp_path / "e"))[0]
+    assert covers(table()["a resume inside gradient accumulation"], found)
 
     found = pools[2].run(jobs.save_with_a_failing_rank, str(tmp_path / "f"), 1, "create")
     assert all(covers(table()["one rank fails"], rank["error"]) for rank in found)
@@ -180,7 +181,7 @@ def test_every_row_of_the_table_is_produced():
         "ranks at different steps",
         "ranks with different models",
         "a per-rank state on another number of ranks",
-        "a save inside gradient accumulation",
+        "a resume inside gradient accumulation",
         "one rank fails",
     }
     assert table().keys() == ALONE.keys() | several | {"the newest step is damaged", "the disk is full"}

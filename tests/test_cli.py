@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.cli import main
 from engine.cli.target import locate
 from engine.cli.text import Bar, megabytes, printable, table
@@ -19,6 +19,7 @@ from engine.errors import CheckpointNotFound, UsageError
 from engine.format.layout import REPLICATED, Absent, Flat, Grid, Mesh, Part
 from engine.format.manifest import Line
 from engine.format.record import Array, Reference
+from tests.now import Checkpointer
 from tests.synthetic import RECORD, unsynced, write_step
 
 PARTS = {

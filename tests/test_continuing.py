@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, IncompatibleCheckpoint, UsageError
+from tests.now import Checkpointer
 from tests.test_checkpointer import model, train
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.data import ElasticSampler
 from engine.errors import IncompatibleCheckpoint, UsageError
 from engine.format.record import decode_record, encode_record
+from tests.now import Checkpointer
 
 
 def _samplers(length, batch, world, **options):

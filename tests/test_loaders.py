@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.data import ElasticSampler
 from engine.errors import IncompatibleCheckpoint, UsageError
 from engine.format.record import decode_record, encode_record
+from tests.now import Checkpointer
 
 LENGTH = 40
 

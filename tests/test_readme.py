@@ -35,6 +35,7 @@ def run(seed: int, stop_after: int | None = None) -> dict:
         model.register_forward_pre_hook(stop)
     with contextlib.suppress(KeyboardInterrupt):
         exec(loop(), names)
+    names["ckpt"].close()  # as the end of the process would
     return names
 
 

@@ -8,10 +8,11 @@ import msgspec
 import torch
 from torch import nn
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.format.checksum import digest
 from engine.format.manifest import RankIndex, _seal, index_name, open_index, read_manifest, read_page
 from engine.storage import LocalStorage
+from tests.now import Checkpointer
 
 
 def make(seed=0, width=3, **changes):

@@ -1,5 +1,6 @@
 """Which steps a run has, which one a name means, which may go; and which runs there are. No torch."""
 
+from engine.catalog import lease
 from engine.catalog.history import is_on_line, lineage_after, previous
 from engine.catalog.lineage import descends_from, next_lineage
 from engine.catalog.listing import Step, read_manifest, read_summary, steps, summaries
@@ -8,6 +9,7 @@ from engine.catalog.removal import delete_step, restore, sweep
 from engine.catalog.resolve import find
 from engine.catalog.retention import Retention, expired
 from engine.catalog.runs import Run, find_run, new_run, runs
+from engine.catalog.tidy import tidy
 
 __all__ = [
     "Retention",
@@ -19,6 +21,7 @@ __all__ = [
     "find",
     "find_run",
     "is_on_line",
+    "lease",
     "lineage_after",
     "new_run",
     "next_lineage",
@@ -31,4 +34,5 @@ __all__ = [
     "steps",
     "summaries",
     "sweep",
+    "tidy",
 ]

@@ -31,7 +31,8 @@ def delete_step(storage: Storage, name: str) -> None:
 def sweep(storage: Storage, keep: str = "") -> None:
     """Clear up after killed saves and deletions: :func:`restore`, then remove what they hid.
 
-    ``keep`` is the attempt of a save under way. Nobody else may be saving into this run. Names that are not ours are left alone.
+    ``keep`` is the job whose saves may be under way (see :mod:`engine.catalog.lease`); nobody else may be saving into this run. Names
+    that are not ours are left alone.
     Best effort: what the medium refuses is logged.
     """
     restore(storage, keep)
@@ -59,7 +60,7 @@ def restore(storage: Storage, keep: str = "") -> None:
 
 def _ours(storage: Storage, keep: str = "") -> dict[str, Hidden]:
     found = {name: hidden for name in sorted(storage.names("")) if (hidden := parse_hidden(name)) is not None}
-    return {name: hidden for name, hidden in found.items() if not keep or hidden.attempt != keep}
+    return {name: hidden for name, hidden in found.items() if not hidden.is_of(keep)}
 
 
 def _created(storage: Storage, folder: str) -> float:

@@ -29,10 +29,17 @@ def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
     manifest = stored.manifest
     record = decode_record(manifest.record)
     ranks = []
-    for rank in range(manifest.summary.world_size):
-        index = stored.index(rank)
+    for writer in range(len(manifest.indexes)):
+        index = stored.index(writer)
         files = [{"name": file.name, "size_bytes": file.size_bytes} for file in index.files]
-        ranks.append({"rank": rank, "chunks": sum(page.chunks for page in index.head.pages), "files": files})
+        ranks.append(
+            {
+                "rank": index.head.rank,
+                "frozen": writer >= manifest.summary.world_size,
+                "chunks": sum(page.chunks for page in index.head.pages),
+                "files": files,
+            }
+        )
     return {
         "path": stored.where,
         **_plain(msgspec.to_builtins(manifest.summary)),

@@ -95,6 +95,11 @@ class Mesh(Struct, frozen=True, array_like=True, gc=False):
         return all(outer >= stride * extent for (stride, extent), (outer, _) in pairwise(nested))
 
 
+def shifted(mesh: Mesh, by: int) -> Mesh:
+    """The same mesh with every number ``by`` higher."""
+    return Mesh(mesh.shape, mesh.first + by, mesh.strides, tuple(rank + by for rank in mesh.ranks)) if by else mesh
+
+
 @lru_cache(maxsize=256)
 def mesh_of(shape: tuple[int, ...], ranks: tuple[int, ...]) -> Mesh:
     """The shortest description of ``ranks`` (row-major) in a grid of ``shape``."""

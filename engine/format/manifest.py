@@ -4,7 +4,7 @@ Listings read heads only; a load reads the whole manifest, and of an index the h
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
@@ -14,7 +14,8 @@ from engine.errors import CheckpointCorrupt
 from engine.format.checksum import DIGEST_BYTES, digest
 from engine.format.layout import Dims, LogicalTensor
 
-FORMAT = 0
+FORMAT = 1
+_OLDEST = 1
 MANIFEST = "manifest"
 MAX_HEAD_BYTES = 1 << 26
 MAX_BODY_BYTES = 1 << 30
@@ -61,10 +62,13 @@ class Summary(Struct, frozen=True, gc=False):
 
 
 class IndexEntry(Struct, frozen=True, array_like=True, gc=False):
-    """A rank's index file, as the manifest knows it: its size, and the digest of its envelope and head."""
+    """An index file, as the manifest knows it: its size, the digest of its envelope and head, and its name; none where that is
+    :func:`index_name`. The first ``world_size`` entries are the ranks'; further ones are of what does not change, see
+    :func:`frozen_index_name`."""
 
     size_bytes: int
     digest: bytes
+    name: str = ""
 
 
 class _Body(Struct, frozen=True, gc=False):
@@ -82,6 +86,10 @@ class Manifest(Struct, frozen=True, gc=False):
     aliases: dict[str, str]
     indexes: tuple[IndexEntry, ...]
     record: bytes
+
+    def index_name(self, writer: int) -> str:
+        """The file of an index: a rank's, or a further writer's, of what does not change."""
+        return self.indexes[writer].name or index_name(writer)
 
 
 class FileEntry(Struct, frozen=True, array_like=True, gc=False):
@@ -139,6 +147,15 @@ def index_name(rank: int) -> str:
 
 def shard_name(rank: int, number: int) -> str:
     return f"rank_{rank:05d}.{number}.safetensors"
+
+
+def frozen_name(header_digest: bytes, block_digests: Iterable[bytes]) -> str:
+    """A file of content that does not change is named for it, whoever wrote it: of two with one name, one will do."""
+    return f"frozen.{digest(header_digest + b''.join(block_digests)).hex()}.safetensors"
+
+
+def frozen_index_name(entry_digest: bytes) -> str:
+    return f"frozen.{entry_digest.hex()}.index"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -203,6 +220,8 @@ class Sealed:
             raise CheckpointCorrupt(f"{where} is not a lockstep file: it starts with {bytes(magic)!r}")
         if version > FORMAT:
             raise CheckpointCorrupt(f"{where} has format {version}; this version reads up to {FORMAT}. Upgrade lockstep")
+        if version < _OLDEST:
+            raise CheckpointCorrupt(f"{where} has format {version}, which was unstable and is not read any more; formats from {_OLDEST} on are")
         if number != _KINDS[kind]:
             raise CheckpointCorrupt(f"{where} is of kind {number}, {_KINDS[kind]} expected: files have been swapped")
         if head_bytes > MAX_HEAD_BYTES or body_bytes > MAX_BODY_BYTES:

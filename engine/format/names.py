@@ -9,6 +9,7 @@ from engine.storage.base import REMOVED, REPLACED
 LATEST = "latest"
 BEST = "best"
 RUN_FILE = "run.json"
+LEASE = ".lease"
 _STEP = re.compile(r"step_(\d{8,18})")
 _HIDDEN = re.compile(rf"(\.(step_\d{{8,18}})\.[0-9a-f]{{12}})({re.escape(REPLACED)}|{re.escape(REMOVED)})?")
 _RUN = re.compile(r"run_(\d{3,9})")
@@ -25,6 +26,9 @@ class Hidden(NamedTuple):
     attempt: str
     state: Literal["attempt", "replaced", "removed"]
 
+    def is_of(self, holder: str) -> bool:
+        return bool(holder) and self.attempt.rpartition(".")[2].startswith(holder)
+
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
@@ -36,9 +40,14 @@ def parse_step(name: str) -> int | None:
     return int(found[1]) if found and step_name(int(found[1])) == name else None
 
 
-def attempt_name(step: str) -> str:
-    """A new hidden name for the step folder ``step``."""
-    return f".{step}.{os.urandom(6).hex()}"
+def new_holder() -> str:
+    """A name for a job that saves into a run: eight hexadecimal digits, which the names of its attempts begin with."""
+    return os.urandom(4).hex()
+
+
+def attempt_name(step: str, holder: str = "", number: int = 0) -> str:
+    """A hidden name for the step folder ``step``: of ``holder``'s save ``number``, alike on all its ranks; without one, a new name."""
+    return f".{step}.{holder}{number & 0xFFFF:04x}" if holder else f".{step}.{os.urandom(6).hex()}"
 
 
 def parse_hidden(name: str) -> Hidden | None:

@@ -129,3 +129,7 @@ def _unpack(code: int, data: memoryview) -> Any:
 def _is_shape(shape: tuple[int, ...]) -> bool:
     """Also where the array is empty, no other extent may be larger than what libraries compute with."""
     return min(shape, default=0) >= 0 and math.prod(n for n in shape if n) < 2**48
+
+
+EMPTY_RECORD = encode_record(None)
+"""Of an index that has no state of a rank's own."""

@@ -2,12 +2,13 @@
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 from msgspec.structs import replace
 
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import ANY, REPLICATED, Grid, LogicalTensor
+from engine.format.layout import ANY, REPLICATED, Absent, Grid, LogicalTensor, Part, shifted
 
 SMALL_BYTES = 64 * 1024
 """Replicated tensors below this are all written by the first holder: a reader then finds them in one place."""
@@ -20,6 +21,42 @@ def assign_writers(tensors: Iterable[LogicalTensor]) -> tuple[LogicalTensor, ...
     """Give every replicated part its writer, spreading bytes over the ranks that hold it; leave assigned ones as they are."""
     loads: dict[int, list[tuple[int, int]]] = {}  # holders -> heap of (bytes so far, holder)
     return tuple(_assign(tensor, loads) for tensor in tensors)
+
+
+Frozen = tuple[str, tuple[int, ...]]
+"""A part of a tensor that nobody trains: the tensor's name, the part's offsets."""
+
+FROZEN_BYTES = 1024 * 1024
+"""Less than this in all is not worth files of its own."""
+
+
+def place_frozen(tensors: Sequence[LogicalTensor], frozen: AbstractSet[Frozen], world_size: int) -> tuple[LogicalTensor, ...]:
+    """Tensors with writers, of which the parts in ``frozen`` (by tensor and offsets) go to the further writers from ``world_size`` on: what
+    a rank writes of them lies in files of their own."""
+    if sum(part_bytes(tensor, part) for tensor in tensors for part in tensor.parts if (tensor.name, part.offsets) in frozen) < FROZEN_BYTES:
+        return tuple(tensors)
+    return tuple(_placed(tensor, frozen, world_size) for tensor in tensors)
+
+
+def _placed(tensor: LogicalTensor, frozen: AbstractSet[Frozen], world_size: int) -> LogicalTensor:
+    if not any((tensor.name, part.offsets) in frozen for part in tensor.parts):
+        return tensor
+    parts = []
+    for part in tensor.parts:
+        layout = part.layout
+        if (tensor.name, part.offsets) in frozen and not isinstance(layout, Absent):
+            part = replace(part, layout=replace(layout, mesh=shifted(layout.mesh, world_size)))  # noqa: PLW2901
+        parts.append(part)
+    return replace(tensor, parts=tuple(parts))
+
+
+def part_bytes(tensor: LogicalTensor, part: Part) -> int:
+    return math.prod(part.sizes or tensor.shape) * ITEM_BYTES[tensor.dtype]
+
+
+def is_frozen(tensor: LogicalTensor, world_size: int) -> bool:
+    """Whether any part goes to a further writer."""
+    return any(not isinstance(part.layout, Absent) and part.layout.mesh.rank_at(0) >= world_size for part in tensor.parts)
 
 
 def _assign(tensor: LogicalTensor, loads: dict[int, list[tuple[int, int]]]) -> LogicalTensor:

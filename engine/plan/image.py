@@ -1,8 +1,7 @@
 """A rank's files as images in memory: header, then boxes at their final offsets."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
@@ -13,7 +12,7 @@ _ENTRY_BYTES = 220  # about what a header spends on an entry beside its name, wh
 
 
 class Source(Struct, frozen=True, gc=False):
-    """One box to be written: ``item`` is its place in the caller's list."""
+    """One box to be written: ``item`` is its place in the caller's list. ``frozen``: it is not expected to change."""
 
     item: int
     name: str
@@ -21,16 +20,43 @@ class Source(Struct, frozen=True, gc=False):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     nbytes: int
+    frozen: bool = False
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(Struct, frozen=True, gc=False):
     """One file. ``entries[i]`` is the box of ``items[i]``; data begins at ``len(header)`` and has no holes."""
 
     header: bytes
     entries: tuple[Entry, ...]
     items: tuple[int, ...]
     data_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+
+class ShardLayout(Struct, frozen=True, gc=False):
+    """All that a rank writes of one plan, but for the bytes: its files, the numbers in the manifest of their entries' tensors, and the
+    geometry classes that its index is paged by. The files from ``first_frozen`` on are of what does not change, with an index of their
+    own if ``has_frozen``. Plain data: a writer process gets it once."""
+
+    rank: int
+    images: tuple[Image, ...]
+    numbers: tuple[tuple[int, ...], ...]
+    classes: tuple[int, ...]
+    first_frozen: int
+    has_frozen: bool
+
+
+def shard_layout(rank: int, sources: Sequence[Source], numbers: Mapping[str, int], classes: Sequence[int], has_frozen: bool = False) -> ShardLayout:
+    """``numbers``: of each tensor in the manifest. What a reshard reads together lies together."""
+    ordered = sorted(sources, key=lambda source: numbers[source.name])  # stable
+    images = lay_out([source for source in ordered if not source.frozen])
+    first_frozen = len(images)
+    images += lay_out([source for source in ordered if source.frozen])
+    by_entry = tuple(tuple(numbers[entry.name] for entry in image.entries) for image in images)
+    return ShardLayout(rank, tuple(images), by_entry, tuple(classes), first_frozen, has_frozen)
 
 
 def lay_out(sources: Sequence[Source]) -> list[Image]:

@@ -63,7 +63,7 @@ def match(
             (found.missing if _allowed(tensor.name, allow.missing) else missing).append(tensor.name)
             continue
         used.add(name)
-        how = _extension(tensor, other, allow.extend_rows)
+        how = _extension(tensor, other, allow.extend_rows) if other.shape != tensor.shape else ""
         if how:
             other = _extended(other, tensor.shape)
             found.extended[tensor.name] = how

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor
+from engine.plan.assign import is_frozen
 
 
-def reading_order(tensors: Sequence[LogicalTensor]) -> tuple[list[int], list[int]]:
-    """The places of ``tensors`` in the order that a manifest lists them, and the geometry class of each listed one."""
-    keys = [_geometry(tensor) for tensor in tensors]
+def reading_order(tensors: Sequence[LogicalTensor], world_size: int | None = None) -> tuple[list[int], list[int]]:
+    """The places of ``tensors`` in the order that a manifest lists them, and the geometry class of each listed one. Frozen ones, with
+    writers from ``world_size`` on, come first, by name: their indexes are kept from save to save, whatever else there is."""
+    keys = [("", tensor.name) if world_size is not None and is_frozen(tensor, world_size) else _geometry(tensor) for tensor in tensors]
     order = sorted(range(len(tensors)), key=lambda i: (*keys[i], i))
     numbers: dict[Any, int] = {}
     classes = [numbers.setdefault(keys[i][:-1], len(numbers)) for i in order]

@@ -1,22 +1,34 @@
 """What a load reads: the block runs of stored chunks, sorted by file and offset, neighbours joined."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
 from engine.format.checksum import BLOCK_BYTES
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import Absent, LogicalTensor
-from engine.state.boxes import Box, flat_span, intersect, part_box, writers
+from engine.format.layout import Absent, LogicalTensor, Part
+from engine.state.boxes import Box, flat_span, intersect, part_box, shift, writers
 
-RUN_BYTES = 16 * 1024 * 1024
-"""The longest run that is read at once: the memory a load needs beyond its targets."""
+RUN_BYTES = 4 * 1024 * 1024
+"""The longest run that is read at once: as much as stays in a processor's cache until it is verified."""
 
 
 def wants(tensor: LogicalTensor, target: Box) -> Iterator[tuple[int, Box, Box]]:
     """The parts of ``target`` as (rank that wrote it, the stored box it lies in, the overlap). Absent elements are in none."""
     for part in tensor.parts:
         yield from writers(tensor, part, target)
+
+
+@lru_cache(maxsize=64)  # ten thousand tensors share a few dozen shapes and rules; few, because one answer may name thousands of ranks
+def sources(shape: tuple[int, ...], parts: tuple[Part, ...], target: Box) -> tuple[tuple[tuple[int, tuple[int, ...], Box, Box], ...], int]:
+    """What of ``target`` is stored, as (rank that wrote it, offsets of its chunk, the box inside that, the box itself); and how many
+    elements are not."""
+    found, missing = [], target.numel
+    for rank, source, overlap in wants(LogicalTensor("", "", shape, parts), target):
+        missing -= overlap.numel
+        found.append((rank, source.offsets, shift(overlap, source.offsets, -1), overlap))
+    return tuple(found), missing
 
 
 def absent(tensor: LogicalTensor, target: Box) -> Iterator[tuple[Box, float]]:
@@ -51,27 +63,49 @@ class Slice(Struct, frozen=True, gc=False):
     needs: tuple[Need, ...]
 
 
-def slices(needs: Iterable[Need]) -> Iterator[Slice]:
-    """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``."""
-    by_chunk: dict[int, tuple[Need, ...]] = {}
+Cut = Callable[[int], tuple[int, bool]]
+"""Given a block of a chunk: the block at which the piece that it is in ends at the latest, and whether that piece is wanted."""
+
+
+def slices(needs: Iterable[Need], cut_of: Callable[[Need], Cut] | None = None) -> Iterator[Slice]:
+    """The blocks of one file that the needs touch, in file order, each once, in pieces of at most ``RUN_BYTES``, or as ``cut_of`` one
+    of a chunk's needs says."""
+    by_chunk: dict[int, list[Need]] = {}
     for need in needs:
-        by_chunk[need.chunk] = (*by_chunk.get(need.chunk, ()), need)
-    per_piece = RUN_BYTES // BLOCK_BYTES
-    for group in sorted(by_chunk.values(), key=lambda group: group[0].begin):
-        chunk = group[0]
+        if need.chunk in by_chunk:
+            by_chunk[need.chunk].append(need)
+        else:
+            by_chunk[need.chunk] = [need]
+    for group in sorted(by_chunk.values(), key=_begin):
+        chunk, cut = group[0], cut_of(group[0]) if cut_of else _cut_at_runs
         if chunk.nbytes <= BLOCK_BYTES:
-            yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, group)
+            if cut_of is None or cut(0)[1]:
+                yield Slice(chunk.chunk, 0, 1, chunk.begin, chunk.nbytes, tuple(group))
             continue
-        spans = [(need, *_block_span(need)) for need in group]
+        spans = [(need, *block_span(need)) for need in group]
         for first, stop in _union([(first, stop) for _, first, stop in spans]):
-            for low in range(first, stop, per_piece):
-                high = min(low + per_piece, stop)
-                served = tuple(need for need, a, b in spans if a < high and b > low)
-                size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
-                yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
+            low = first
+            while low < stop:
+                end, wanted = cut(low)
+                high = min(end, stop)
+                if wanted:
+                    served = tuple(need for need, a, b in spans if a < high and b > low)
+                    size_bytes = min(high * BLOCK_BYTES, chunk.nbytes) - low * BLOCK_BYTES
+                    yield Slice(chunk.chunk, low, high, chunk.begin + low * BLOCK_BYTES, size_bytes, served)
+                low = high
 
 
-def _block_span(need: Need) -> tuple[int, int]:
+def _cut_at_runs(block: int) -> tuple[int, bool]:
+    per_run = RUN_BYTES // BLOCK_BYTES
+    return (block // per_run + 1) * per_run, True
+
+
+def _begin(group: list[Need]) -> int:
+    return group[0].begin
+
+
+def block_span(need: Need) -> tuple[int, int]:
+    """The blocks [first, stop) of its chunk that hold the first and the last of the elements, and all between."""
     width = ITEM_BYTES[need.dtype]
     low, high = flat_span(need.sizes, need.inner)
     return low * width // BLOCK_BYTES, -(-high * width // BLOCK_BYTES)

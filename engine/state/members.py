@@ -1,7 +1,9 @@
 """All members of one checkpointer: models and other objects, as the shards, targets and records of the two pipelines."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from engine.errors import UsageError
 from engine.format.layout import LogicalTensor
@@ -42,13 +44,42 @@ class Members:
     def model_shards(self) -> list[Shard]:
         return [shard for member in self.models.values() for shard in member.shards()]
 
-    def capture(self) -> list[Shard]:
-        """All live tensors. What is no tensor is captured with them, for the records."""
-        shards = self.model_shards()
-        for name, member in self.objects.items():
-            self._captured[name], found = member.capture()
+    def capture(self) -> tuple[list[Shard], frozenset[str]]:
+        """All live tensors, and the names of those that only an optimizer's step changes. What is no tensor is captured with them, for
+        the records."""
+        shards: list[Shard] = []
+        stepped: list[frozenset[str]] = []
+        for member in self.models.values():
+            captured = member.capture()
+            shards += captured.shards
+            stepped.append(captured.stepped)
+        for name, attached in self.objects.items():
+            self._captured[name], found = attached.capture()
             shards += found
-        return shards
+        return shards, stepped[0] if len(stepped) == 1 else frozenset().union(*stepped)
+
+    def frozen(self) -> frozenset[tuple[str, tuple[int, ...]]]:
+        """The parts of parameters that nobody trains, as captured last: a tensor's name with a part's offsets."""
+        found = [member.frozen() for member in self.models.values()]
+        return found[0] if len(found) == 1 else frozenset().union(*found)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [member.adapter.optimizer for member in self.models.values() if member.adapter.optimizer is not None]
+
+    def before_forward(self, act: Callable[[], bool]) -> None:
+        """``act`` before each forward of a model, until it returns True."""
+        handles: list[Any] = []
+
+        def hook(*_: Any) -> None:
+            if act():
+                for handle in handles:
+                    handle.remove()
+
+        handles += [member.adapter.module.register_forward_pre_hook(hook, prepend=True) for member in self.models.values()]
+
+    def pending(self) -> str:
+        """See :meth:`engine.state.source.Adapter.pending`: of the first member that has anything."""
+        return next((told for member in self.models.values() if (told := member.adapter.pending())), "")
 
     def aliases(self) -> dict[str, str]:
         return {alias: name for member in self.models.values() for alias, name in member.aliases().items()}

@@ -87,6 +87,20 @@ def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[
     return list(shards.values())
 
 
+def int_steps(states: Iterable[Shard], prefix: str, slots: Iterable[Slot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The holders of states whose step is a Python int, each with the tensor that :func:`state_shards` made of it."""
+    made = {shard.name: shard.locals[0] for shard in states if shard.name.endswith(".step") and not shard.tensor.shape}
+    pairs = [(slot.holder, made.get(f"{prefix}{slot.piece.name}.step")) for slot in slots]
+    return [(holder, tensor) for holder, tensor in pairs if tensor is not None]
+
+
+def refresh_int_steps(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for holder, tensor in pairs:
+        value = optimizer.state[holder].get("step")
+        if _counts_in_ints("step", value):
+            tensor.fill_(value)
+
+
 def _counts_in_ints(key: str, value: Any) -> bool:
     return key == "step" and type(value) is int
 

@@ -87,6 +87,7 @@ class PlainAdapter:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
         self.module = unwrap(module)
+        self._sharded = [inner for inner in self.module.modules() if isinstance(inner, FSDPModule)]
         self._reshard()
         self.names = Names(self.module)
         self.optimizer = optimizer
@@ -104,6 +105,12 @@ class PlainAdapter:
         whole = replicated()
         return [_piece(name, p, whole) for name, p in self.names.parameters.items() if id(p) not in optimized]
 
+    def anchors(self) -> list[torch.Tensor]:
+        return []  # the parameters themselves
+
+    def pending(self) -> str:
+        return ""  # a loop's own accumulation is not to be seen from here
+
     def counters(self) -> dict[str, Any]:
         return {}
 
@@ -118,11 +125,11 @@ class PlainAdapter:
 
     def _reshard(self) -> None:
         """After a forward without gradient FSDP2 leaves the root gathered: its parameters are then not the sharded ones."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._sharded:
+            module.reshard()
 
 
 def _piece(name: str, parameter: nn.Parameter, whole: Grid) -> Piece:
-    layout = layout_of(parameter) if isinstance(parameter, DTensor) else whole
-    return Piece(name, tuple(parameter.shape), layout, local_of(parameter))
+    if isinstance(parameter, DTensor):
+        return Piece(name, tuple(parameter.shape), layout_of(parameter), local_of(parameter))
+    return Piece(name, tuple(parameter.shape), whole, parameter.detach())

@@ -60,6 +60,14 @@ class Adapter(Protocol):
         """Every other parameter: frozen, or in no optimizer."""
         ...
 
+    def anchors(self) -> list[torch.Tensor]:
+        """Live tensors, beside the module's parameters, that slots are views of: where one is replaced, slots are others."""
+        ...
+
+    def pending(self) -> str:
+        """What is under way that must end before state can be saved, worded for a message: gradient accumulation. Empty: nothing."""
+        ...
+
     def counters(self) -> dict[str, Any]:
         """The engine's own counters and loss-scaler scalars. Raises :class:`UsageError` where state cannot be saved now."""
         ...

@@ -41,13 +41,16 @@ class ZeroAdapter:
         optimized = {slot.piece.name for slot in self.slots()}
         return [_frozen(name, p) for name, p in self.names.parameters.items() if name not in optimized]
 
+    def anchors(self) -> list[torch.Tensor]:
+        return self._partition.anchors()
+
+    def pending(self) -> str:
+        done, of = self._engine.micro_steps % self._engine.gradient_accumulation_steps(), self._engine.gradient_accumulation_steps()
+        return f"gradient accumulation: {done} of {of} micro-batches are in" if done else ""
+
     def counters(self) -> dict[str, Any]:
-        pending = self._engine.micro_steps % self._engine.gradient_accumulation_steps()
-        if pending:
-            raise UsageError(
-                f"save() inside gradient accumulation: {pending} of {self._engine.gradient_accumulation_steps()} micro-batches are in; "
-                "accumulated gradients are not part of a checkpoint. Call it after the step at the accumulation boundary"
-            )
+        if pending := self.pending():
+            raise UsageError(f"inside {pending}; accumulated gradients are not part of a checkpoint. Wait for the step at the boundary")
         found: dict[str, Any] = {name: int(getattr(self._engine, name)) for name in _COUNTERS}
         scaler = self._scaler()
         if _is_dynamic(scaler):
@@ -119,6 +122,9 @@ def _mesh(group: Any) -> Mesh:
 class _Whole:
     """Stage 0 in fp32: the optimizer holds the module's own parameters."""
 
+    def anchors(self) -> list[torch.Tensor]:
+        return []
+
     def __init__(self, wrapper: Any, names: Names) -> None:
         self.wrapper = wrapper
         self.names = names
@@ -137,6 +143,9 @@ class _Whole:
 
 class _WholeMasters(_Whole):
     """Stage 0 in bf16 or fp16 with an unfused optimizer: a whole fp32 master a parameter."""
+
+    def anchors(self) -> list[torch.Tensor]:
+        return [master for group in self.wrapper.fp32_groups for master in group]
 
     def slots(self) -> list[Slot]:
         w = self.wrapper
@@ -176,6 +185,9 @@ class _Stage12(_Flats):
     """DeepSpeedZeroOptimizer: each rank owns one chunk of each group's flat buffer. The order is that of
     ``round_robin_bit16_groups``, with the optimizer's own offsets (alignment leaves gaps)."""
 
+    def anchors(self) -> list[torch.Tensor]:
+        return list(self.wrapper.single_partition_of_fp32_groups)
+
     def slots(self) -> list[Slot]:
         w, slots = self.wrapper, []
         for i, flat in enumerate(w.single_partition_of_fp32_groups):
@@ -191,6 +203,9 @@ class _Stage12(_Flats):
 
 class _BF16(_Flats):
     """BF16_Optimizer: stage 1 in bf16 with fp32 gradient accumulation. Parameters lie in group order without gaps."""
+
+    def anchors(self) -> list[torch.Tensor]:
+        return list(self.wrapper.fp32_groups_flat_partition)
 
     def slots(self) -> list[Slot]:
         w, slots = self.wrapper, []
@@ -214,6 +229,9 @@ def _relink(wrapper: Any) -> None:
 class _FlatMasters(_Flats):
     """Stage 0 in bf16 or fp16 with a fused optimizer: one flat fp32 master a group, whole on every rank."""
 
+    def anchors(self) -> list[torch.Tensor]:
+        return list(self.wrapper.fp32_groups_flat)
+
     def slots(self) -> list[Slot]:
         w, slots = self.wrapper, []
         for i, flat in enumerate(w.fp32_groups_flat):
@@ -234,6 +252,9 @@ class _Stage3:
     def __init__(self, wrapper: Any, names: Names) -> None:
         self.wrapper = wrapper
         self.names = names
+
+    def anchors(self) -> list[torch.Tensor]:
+        return list(self.wrapper.fp32_partitioned_groups_flat)
 
     def slots(self) -> list[Slot]:
         w, slots = self.wrapper, []
@@ -266,6 +287,9 @@ class _Stage3Weights:
     def __init__(self, wrapper: Any, names: Names) -> None:
         self.wrapper = wrapper
         self.names = names
+
+    def anchors(self) -> list[torch.Tensor]:
+        return []
 
     def slots(self) -> list[Slot]:
         return []

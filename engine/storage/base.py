@@ -51,8 +51,12 @@ class Storage(Protocol):
 
     def open(self, path: str) -> Reader: ...
 
-    def create(self, path: str) -> Writer:
-        """A new file; an existing one of that name is an error."""
+    def create(self, path: str, size_bytes: int = 0) -> Writer:
+        """A new file; an existing one of that name is an error. ``size_bytes``: how large it will be, where that is known."""
+        ...
+
+    def link(self, path: str, name: str) -> bool:
+        """Give a file a further name that nothing has, without a copy. False where the storage cannot, or the file is gone."""
         ...
 
     def make_folder(self, path: str) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from engine.errors import CheckpointCorrupt, StorageError
 from engine.storage.base import REMOVED, REPLACED
 
+_NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT)
+_LARGE_BYTES = 1024 * 1024
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free space or remove old steps. Checkpoints committed before are untouched",
@@ -36,14 +39,37 @@ def _told(action: str, path: str) -> Iterator[None]:
 
 
 class _LocalWriter:
-    def __init__(self, path: str) -> None:
+    """A large file takes its room at once, so that a full disk is found before anything is written, and bypasses the page cache for as
+    long as the data come in whole pages: that takes a fifth of the processor time, which belongs to training."""
+
+    def __init__(self, path: str, size_bytes: int) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._direct = getattr(os, "O_DIRECT", 0) if size_bytes >= _LARGE_BYTES else 0
+        try:
+            self._fd = os.open(path, flags | self._direct, 0o644)
+        except OSError as e:
+            if e.errno != errno.EINVAL or not self._direct:
+                raise
+            self._direct = 0  # not on this file system, which has made the file all the same
+            self._fd = os.open(path, flags & ~os.O_EXCL, 0o644)
+        if size_bytes >= _LARGE_BYTES:
+            try:
+                _reserve(self._fd, size_bytes)
+            except OSError:
+                os.close(self._fd)
+                raise
 
     def write(self, data: memoryview) -> None:
         with _told("write", self._path):
             while data:
-                data = data[os.write(self._fd, data) :]
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except OSError as e:
+                    if e.errno != errno.EINVAL or not self._direct:
+                        raise
+                    fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~self._direct)
+                    self._direct = 0
 
     def close(self) -> None:
         with _told("sync", self._path):
@@ -72,6 +98,15 @@ class _LocalReader:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _reserve(fd: int, size_bytes: int) -> None:
+    """Room on the disk. Not by os.posix_fallocate: where the file system cannot, that writes zeros."""
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is not None and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)):
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(code, os.strerror(code))
 
 
 def _open_regular(path: str) -> int:
@@ -122,9 +157,19 @@ class LocalStorage:
         with _told("open", self.path(path)):
             return _LocalReader(self.path(path))
 
-    def create(self, path: str) -> _LocalWriter:
+    def create(self, path: str, size_bytes: int = 0) -> _LocalWriter:
         with _told("create", self.path(path)):
-            return _LocalWriter(self.path(path))
+            return _LocalWriter(self.path(path), size_bytes)
+
+    def link(self, path: str, name: str) -> bool:
+        try:
+            os.link(self.path(path), self.path(name), follow_symlinks=False)
+        except OSError as e:
+            if e.errno in _NO_LINKS:
+                return False
+            with _told("link", self.path(name)):
+                raise
+        return True
 
     def make_folder(self, path: str) -> None:
         missing, folder = [], self.path(path)

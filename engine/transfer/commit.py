@@ -4,20 +4,9 @@ import contextlib
 
 from engine.errors import EngineError, StorageError
 from engine.format.manifest import MANIFEST, Manifest, encode_manifest
-from engine.format.names import LATEST, attempt_name, step_name
+from engine.format.names import LATEST, step_name
 from engine.storage import Storage
-from engine.transfer.runfile import write_run_file
 from engine.transfer.write import write_whole
-
-__all__ = ["abort_attempt", "begin_attempt", "commit_attempt", "write_run_file"]
-
-
-def begin_attempt(storage: Storage, step: int) -> str:
-    """Create the hidden folder that the ranks write into; returns its name. Called on rank 0."""
-    storage.make_folder("")
-    attempt = attempt_name(step_name(step))
-    storage.make_folder(attempt)
-    return attempt
 
 
 def abort_attempt(storage: Storage, attempt: str) -> None:

@@ -31,7 +31,7 @@ def differences(stored: StoredCheckpoint, pairs: Iterable[tuple[Shard, str]], ra
 
 
 def _files(stored: StoredCheckpoint) -> list[str]:
-    names = {file.name for rank in range(stored.manifest.summary.world_size) for file in stored.index(rank).files}
+    names = {file.name for writer in range(len(stored.manifest.indexes)) for file in stored.index(writer).files}
     return [f"{stored.where}/{name}" for name in sorted(names)]
 
 

@@ -1,6 +1,8 @@
 """Read: sorted range reads, every block verified before its elements reach their targets."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from msgspec import Struct
@@ -9,14 +11,20 @@ from engine.errors import CheckpointCorrupt
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.manifest import Chunk, FileEntry
-from engine.plan.reads import RUN_BYTES, Need, Slice, runs, slices
-from engine.state.boxes import Box, flat_span, flat_to_boxes, intersect
+from engine.plan.exchange import Homes, homes_of, overlaps
+from engine.plan.reads import RUN_BYTES, Need, Slice, block_span, runs, slices
+from engine.state.boxes import Box, flat_span
 from engine.state.shard import bytes_of, torch_dtype
 from engine.storage import Reader
 from engine.transfer.stored import REMEDY, StoredCheckpoint
 
 DIRECT_BYTES = 1024 * 1024
 """Slices from this size on are read straight into their target, where they can be."""
+_THREADS = 2
+"""Of a rank, for these: one reads while another hashes."""
+
+File = tuple[int, int]
+"""A shard file: the rank that wrote it, and which of its files."""
 
 
 class Request(Struct, frozen=True, gc=False):
@@ -30,68 +38,168 @@ class Request(Struct, frozen=True, gc=False):
     target: torch.Tensor
 
 
-def fill(stored: StoredCheckpoint, requests: Sequence[Request]) -> int:
-    """Carry out the requests; returns the bytes read. Raises :class:`CheckpointCorrupt` naming file, tensor and writing rank."""
-    by_file: dict[tuple[int, int], list[Need]] = {}
-    for i, request in enumerate(requests):
-        number, chunk = stored.chunk(request.tensor, request.offsets, request.rank)
-        if request.inner.sizes != chunk.sizes and not _fits(request.inner, chunk.sizes):
-            raise CheckpointCorrupt(
-                f"{stored.where}, written by rank {request.rank}: {request.tensor} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
-                f"but elements up to {[o + n for o, n in zip(request.inner.offsets, request.inner.sizes, strict=True)]} of it are needed. {REMEDY}"
-            )
-        if chunk.nbytes:
-            dtype = stored.tensors[request.tensor].dtype
-            need = Need(i, number, chunk.sizes, request.inner, dtype, chunk.offset, chunk.nbytes)
-            by_file.setdefault((request.rank, chunk.file), []).append(need)
-    buffer = torch.empty(RUN_BYTES, dtype=torch.uint8) if by_file else torch.empty(0, dtype=torch.uint8)
-    return sum(_FileReader(stored, rank, number, requests, buffer).fill(needs) for (rank, number), needs in sorted(by_file.items()))
+class Reads:
+    """What ``rank`` of ``world_size`` that load needs of a step, by file. Made without reading a shard file.
+
+    Raises :class:`CheckpointCorrupt` where the indexes have not what the manifest says.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, requests: Sequence[Request], rank: int = 0, world_size: int = 1) -> None:
+        self.stored = stored
+        self.targets = [request.target for request in requests]
+        self.rank, self.world_size = rank, world_size
+        self.homes = Homes(stored.manifest.summary.world_size, world_size)
+        self.by_file: dict[File, list[Need]] = {}
+        for i, request in enumerate(requests):
+            number, chunk = stored.chunk(request.tensor, request.offsets, request.rank)
+            inner = request.inner
+            if inner.sizes != chunk.sizes and not _fits(inner, chunk.sizes):
+                needed = [o + n for o, n in zip(inner.offsets, inner.sizes, strict=True)]
+                raise CheckpointCorrupt(
+                    f"{stored.where}, written by rank {request.rank}: {request.tensor} at {list(chunk.offsets)} has sizes {list(chunk.sizes)}, "
+                    f"but elements up to {needed} of it are needed. {REMEDY}"
+                )
+            if chunk.nbytes:
+                need = Need(i, number, chunk.sizes, inner, stored.tensors[request.tensor].dtype, chunk.offset, chunk.nbytes)
+                file = (request.rank, chunk.file)
+                if file in self.by_file:
+                    self.by_file[file].append(need)
+                else:
+                    self.by_file[file] = [need]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether another rank is the home of anything that is needed here."""
+        own = range(self.rank, self.rank + 1)
+        others = {file: needs for file, needs in self.by_file.items() if self.homes.of_writer(file[0]) != own}
+        return any(homes_of(need, self.shares(file, need)) != [self.rank] for file, needs in others.items() for need in needs)
+
+    def asked(self) -> dict[int, dict[File, list[Need]]]:
+        """By home what is needed of it, in the order in which it sends: by file, chunk and first block."""
+        found: dict[int, dict[File, list[Need]]] = {}
+        for file, needs in sorted(self.by_file.items()):
+            for need in sorted(needs, key=lambda need: (need.begin, block_span(need)[0])):
+                for home in homes_of(need, self.shares(file, need)):
+                    found.setdefault(home, {}).setdefault(file, []).append(need)
+        return found
+
+    def shares(self, file: File, need: Need) -> list[tuple[int, int]]:
+        """Of the chunk of a need, see :meth:`engine.plan.exchange.Homes.shares`."""
+        position = need.begin - self.stored.index(file[0]).files[file[1]].header_bytes
+        return self.homes.shares(file[0], position, need.nbytes)
+
+
+class Asked(Need, frozen=True, gc=False):
+    """A need of another rank."""
+
+    requester: int
+
+
+def fill(reads: Reads) -> int:
+    """Read here all that is needed here; returns the bytes read. Raises :class:`CheckpointCorrupt` naming file, tensor and writing
+    rank."""
+    buffer = read_buffer() if reads.by_file else torch.empty(0, dtype=torch.uint8)
+    return sum(FileReader(reads, file, buffer).fill(needs) for file, needs in sorted(reads.by_file.items()))
+
+
+def read_buffer() -> torch.Tensor:
+    return torch.empty(RUN_BYTES, dtype=torch.uint8)
 
 
 def _fits(inner: Box, sizes: tuple[int, ...]) -> bool:
     return all(o + n <= size for o, n, size in zip(inner.offsets, inner.sizes, sizes, strict=True))
 
 
-class _FileReader:
-    def __init__(self, stored: StoredCheckpoint, rank: int, number: int, requests: Sequence[Request], buffer: torch.Tensor) -> None:
-        self._stored = stored
-        self._rank = rank
-        self._index = stored.index(rank)
-        self._file: FileEntry = self._index.files[number]
-        self._requests = requests
+Direct = list[tuple[Slice, memoryview]]
+"""Slices that are read straight into these parts of their targets."""
+
+
+class FileReader:
+    """One shard file. Opened as a context. ``buffer`` holds the last run that was read."""
+
+    def __init__(self, reads: Reads, file: File, buffer: torch.Tensor) -> None:
+        self._stored = reads.stored
+        self._targets = reads.targets
+        self._rank, self._number = file
+        self._checks_header = reads.homes.of_writer(self._rank)[0] == reads.rank
+        self._index = reads.stored.index(self._rank)
+        self._file: FileEntry = self._index.files[self._number]
         self._buffer = buffer
         self._bytes = bytes_of(buffer)
+        self.bytes_read = 0
+
+    def __enter__(self) -> "FileReader":
+        self._reader = self._open()
+        try:
+            self._check_header()
+        except BaseException:
+            self._reader.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.close()
 
     def fill(self, needs: list[Need]) -> int:
-        total, gathered = 0, []
-        reader = self._open()
-        try:
-            self._check_header(reader)
-            for piece in slices(needs):
-                target = self._target_memory(piece)
-                if target is None:
-                    gathered.append(piece)
-                    continue
-                reader.read_into(piece.offset, target)
-                total += piece.nbytes
-                self._verify(self._index.chunk(piece.chunk), piece, target)
+        with self:
+            direct, gathered = self.split(slices(needs))
             for run in runs(gathered):
-                begin = run[0].offset
-                size_bytes = run[-1].offset + run[-1].nbytes - begin
-                reader.read_into(begin, self._bytes[:size_bytes])
-                total += size_bytes
-                self._take(run)
-        finally:
-            reader.close()
-        return total
+                self.read(run)
+                self.take(run)
+            self.read_direct(direct)
+        return self.bytes_read
+
+    def split(self, pieces: Iterable[Slice]) -> tuple[Direct, list[Slice]]:
+        """Which are read straight into their targets, and which through the buffer."""
+        direct, gathered = [], []
+        for piece in pieces:
+            target = self._target_memory(piece) if piece.nbytes >= DIRECT_BYTES else None
+            if target is None:
+                gathered.append(piece)
+            else:
+                direct.append((piece, target))
+        return direct, gathered
+
+    def read_direct(self, direct: Direct) -> None:
+        """Verified where they lie: a load that fails says that live state is partly overwritten anyway."""
+
+        left = deque(direct)
+
+        def read_some(_: int) -> None:
+            while left:
+                try:
+                    piece, target = left.popleft()
+                except IndexError:  # another thread has taken it
+                    return
+                self._reader.read_into(piece.offset, target)
+                self._verify(self._index.chunk(piece.chunk), piece, target)
+
+        if len(direct) < 2:
+            read_some(0)
+        else:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(read_some, range(_THREADS)))
+        self.bytes_read += sum(piece.nbytes for piece, _ in direct)
+
+    def read(self, run: list[Slice]) -> None:
+        """Into the buffer, and verify."""
+        begin = run[0].offset
+        size_bytes = run[-1].offset + run[-1].nbytes - begin
+        self._reader.read_into(begin, self._bytes[:size_bytes])
+        self.bytes_read += size_bytes
+        chunk_of, data = self._index.chunk, self._bytes
+        for piece in run:
+            low, chunk = piece.offset - begin, chunk_of(piece.chunk)
+            is_sound = len(chunk.digests) == DIGEST_BYTES and digest(data[low : low + piece.nbytes]) == chunk.digests
+            if not is_sound:
+                self._verify(chunk, piece, data[low : low + piece.nbytes])
 
     def _target_memory(self, piece: Slice) -> memoryview | None:
-        """Where a large slice can be read straight to: one contiguous CPU target takes it whole, rows and dtype alike. It is
-        verified there: a load that fails says that live state is partly overwritten anyway."""
-        if piece.nbytes < DIRECT_BYTES or len(piece.needs) != 1:
+        """Where a large slice can be read straight to: one contiguous CPU target takes it whole, rows and dtype alike."""
+        if len(piece.needs) != 1 or isinstance(piece.needs[0], Asked):
             return None
         need = piece.needs[0]
-        target = self._requests[need.item].target
+        target = self._targets[need.item]
         alike = target.dtype == torch_dtype(need.dtype) and need.inner.sizes[1:] == need.sizes[1:]
         if not (alike and target.device.type == "cpu" and target.is_contiguous()):
             return None
@@ -113,39 +221,55 @@ class _FileReader:
             )
         return reader
 
-    def _check_header(self, reader: Reader) -> None:
+    def _check_header(self) -> None:
+        """By one rank, and once a load: the home of what comes first in the file."""
+        if not self._checks_header or (self._rank, self._number) in self._stored.sound_headers:
+            return
         header = memoryview(bytearray(self._file.header_bytes))
-        reader.read_into(0, header)
+        self._reader.read_into(0, header)
+        self.bytes_read += len(header)
         if digest(header) != self._file.header_digest:
             raise CheckpointCorrupt(f"{self._stored.where}/{self._file.name}, written by rank {self._rank}: its header has changed. {REMEDY}")
+        self._stored.sound_headers.add((self._rank, self._number))
 
-    def _take(self, run: list[Slice]) -> None:
-        """Verify a run, then copy: chunks that are wanted whole in one batch, pieces of chunks one by one."""
+    def take(self, run: list[Slice]) -> None:
+        """Copy from the run that was read last: chunks that are wanted whole in one batch, pieces of chunks one by one."""
         begin = run[0].offset
-        whole: dict[str, list[tuple[int, Chunk, torch.Tensor]]] = {}
+        whole: dict[str, list[tuple[int, Need]]] = {}
         for piece in run:
-            chunk = self._index.chunk(piece.chunk)
             low = piece.offset - begin
-            self._verify(chunk, piece, self._bytes[low : low + piece.nbytes])
             for need in piece.needs:
-                target = self._requests[need.item].target
-                if piece.nbytes == chunk.nbytes and need.inner.sizes == chunk.sizes:
-                    whole.setdefault(need.dtype, []).append((low, chunk, target))
-                else:
-                    flat = self._elements(low, piece.nbytes, need.dtype)
-                    _copy_piece(flat, chunk.sizes, piece.first_block * BLOCK_BYTES // flat.element_size(), need.inner, target)
+                if piece.nbytes == need.nbytes and need.inner.sizes == need.sizes:
+                    if type(need) is Need:
+                        if need.dtype not in whole:
+                            whole[need.dtype] = []
+                        whole[need.dtype].append((low, need))
+                elif type(need) is Need:
+                    flat, target = self._elements(low, piece.nbytes, need.dtype), self._targets[need.item]
+                    for position, box, overlap in overlaps(piece, need):
+                        part(target, need.inner, overlap).copy_(part(flat[position : position + box.numel].view(box.sizes), box, overlap))
+        targets = self._targets
         for dtype, chunks in whole.items():
-            torch._foreach_copy_([target for *_, target in chunks], self._views(dtype, chunks))
+            torch._foreach_copy_([targets[need.item] for _, need in chunks], self._views(dtype, chunks))
 
-    def _views(self, dtype: str, chunks: list[tuple[int, Chunk, torch.Tensor]]) -> list[torch.Tensor]:
+    def packed(self, run: list[Slice], piece: Slice, need: Need) -> torch.Tensor:
+        """The bytes of the elements of ``need`` in a piece of the run that was read last, in the chunk's order: a copy."""
+        low, width = piece.offset - run[0].offset, ITEM_BYTES[need.dtype]
+        flat, parts = self._buffer[low : low + piece.nbytes].view(-1, width), []
+        for position, box, overlap in overlaps(piece, need):
+            found = part(flat[position : position + box.numel].view(*box.sizes, width), box, overlap)
+            parts.append(found.reshape(-1))
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+    def _views(self, dtype: str, chunks: list[tuple[int, Need]]) -> list[torch.Tensor]:
         """The chunks' elements in the buffer: one split where they lie without gaps, which they nearly always do."""
-        first, last = chunks[0][0], chunks[-1][0] + chunks[-1][1].nbytes
-        if last - first == sum(chunk.nbytes for _, chunk, _ in chunks) and len({low for low, *_ in chunks}) == len(chunks):
-            width = ITEM_BYTES[dtype]
-            flats = self._elements(first, last - first, dtype).split([chunk.nbytes // width for _, chunk, _ in chunks])
+        sizes = [need.nbytes for _, need in chunks]
+        if all(low + size == after for (low, _), size, (after, _) in zip(chunks, sizes, chunks[1:], strict=False)):
+            width, first = ITEM_BYTES[dtype], chunks[0][0]
+            flats = self._elements(first, sum(sizes), dtype).split([size // width for size in sizes])
         else:
-            flats = [self._elements(low, chunk.nbytes, dtype) for low, chunk, _ in chunks]
-        return [flat if len(chunk.sizes) == 1 else flat.view(chunk.sizes) for flat, (_, chunk, _) in zip(flats, chunks, strict=True)]
+            flats = [self._elements(low, need.nbytes, dtype) for low, need in chunks]
+        return [flat if len(need.sizes) == 1 else flat.view(need.sizes) for flat, (_, need) in zip(flats, chunks, strict=True)]
 
     def _elements(self, low: int, nbytes: int, dtype: str) -> torch.Tensor:
         data = self._buffer[low : low + nbytes]
@@ -165,15 +289,22 @@ class _FileReader:
                 )
 
 
-def _copy_piece(flat: torch.Tensor, sizes: tuple[int, ...], start: int, inner: Box, target: torch.Tensor) -> None:
-    """``flat`` holds the elements from ``start`` on of a chunk of ``sizes``; copy those inside ``inner`` to ``target``."""
-    position = 0
-    for box in flat_to_boxes(sizes, start, start + flat.numel()):
-        overlap = intersect(box, inner)
-        if overlap is not None:
-            source, goal = flat[position : position + box.numel].view(box.sizes), target
-            for dim in range(len(sizes)):
-                source = source.narrow(dim, overlap.offsets[dim] - box.offsets[dim], overlap.sizes[dim])
-                goal = goal.narrow(dim, overlap.offsets[dim] - inner.offsets[dim], overlap.sizes[dim])
-            goal.copy_(source)
-        position += box.numel
+def unpack(data: torch.Tensor, piece: Slice, need: Need, target: torch.Tensor) -> torch.Tensor:
+    """The reverse of :meth:`FileReader.packed`: copies to ``target`` what comes first in ``data``; returns what follows."""
+    for _, _, overlap in overlaps(piece, need):
+        size_bytes = overlap.numel * ITEM_BYTES[need.dtype]
+        source = data[:size_bytes]
+        if source.storage_offset() % ITEM_BYTES[need.dtype]:
+            source = source.clone()
+        part(target, need.inner, overlap).copy_(source.view(torch_dtype(need.dtype)).view(overlap.sizes))
+        data = data[size_bytes:]
+    return data
+
+
+def part(view: torch.Tensor, box: Box, inner: Box) -> torch.Tensor:
+    """The view of ``inner`` in the view of ``box`` around it."""
+    if inner.sizes == box.sizes:
+        return view
+    for dim, (offset, base, size) in enumerate(zip(inner.offsets, box.offsets, inner.sizes, strict=True)):
+        view = view.narrow(dim, offset - base, size)
+    return view

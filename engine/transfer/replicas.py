@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 import xxhash
+from msgspec import Struct
 
 from engine.errors import PeerError
 from engine.format.layout import ANY, REPLICATED, Grid, LogicalTensor
@@ -15,8 +16,8 @@ from engine.state.boxes import unravel
 from engine.state.shard import Shard, bytes_of
 
 Replicas = Literal["all", "sample", "off"]
-SAMPLE_BYTES = 64 * 1024 * 1024
-"""What a rank digests of its replicated tensors at one save, with ``sample``; each save goes on where the last one ended."""
+SAMPLE_BYTES, SAMPLE_TENSORS = 64 * 1024 * 1024, 1024
+"""What a rank digests at most of its replicated tensors at one save, with ``sample``; each save goes on where the last one ended."""
 
 
 def shares(tensors: Sequence[LogicalTensor]) -> list[int]:
@@ -31,14 +32,14 @@ def _is_shared(layout: object) -> bool:
 
 
 def sample(shards: Sequence[Shard], places: Sequence[int], turn: int) -> list[int]:
-    """Those of ``places`` whose turn it is: about :data:`SAMPLE_BYTES` a save. By global sizes, so that all ranks choose alike."""
+    """Those of ``places`` whose turn it is. By global sizes, so that all ranks choose alike."""
     if not places:
         return []
     sizes = [shards[i].tensor.size_bytes for i in places]
     turns: list[list[int]] = [[]]
     total = 0
     for place, size_bytes in zip(places, sizes, strict=True):
-        if total and total + size_bytes > SAMPLE_BYTES:
+        if total and (total + size_bytes > SAMPLE_BYTES or len(turns[-1]) == SAMPLE_TENSORS):
             turns.append([])
             total = 0
         turns[-1].append(place)
@@ -46,12 +47,22 @@ def sample(shards: Sequence[Shard], places: Sequence[int], turn: int) -> list[in
     return turns[turn % len(turns)]
 
 
-def digests(shards: Sequence[Shard], places: Sequence[int], rank: int) -> dict[str, bytes]:
-    """By group of holders: the digest of all that this rank shares with it."""
-    sums: dict[str, xxhash.xxh3_128] = {}
-    for group, _, data in _shared(shards, places, rank):
-        sums.setdefault(group, xxhash.xxh3_128()).update(data)
-    return {group: found.digest() for group, found in sums.items()}
+class Digests(Struct):
+    """What one rank shares with others: by group of holders, one digest of all, and one of each tensor."""
+
+    groups: dict[str, bytes] = {}
+    tensors: dict[str, list[tuple[str, bytes]]] = {}
+
+    def of(self, groups: Sequence[str]) -> dict[str, list[tuple[str, bytes]]]:
+        """Tensor by tensor, of the groups in question."""
+        return {group: found for group, found in self.tensors.items() if group in groups}
+
+
+def digests(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Digests:
+    tensors: dict[str, list[tuple[str, bytes]]] = {}
+    for group, name, data in _shared(shards, places, rank):
+        tensors.setdefault(group, []).append((name, xxhash.xxh3_128_digest(data)))
+    return Digests({group: xxhash.xxh3_128_digest(b"".join(found for _, found in entries)) for group, entries in tensors.items()}, tensors)
 
 
 def drifted(reports: Sequence[dict[str, bytes]]) -> list[str]:
@@ -60,17 +71,8 @@ def drifted(reports: Sequence[dict[str, bytes]]) -> list[str]:
     return sorted({group for report in reports for group, found in report.items() if first.setdefault(group, found) != found})
 
 
-def details(shards: Sequence[Shard], places: Sequence[int], rank: int, groups: Sequence[str]) -> dict[str, list[tuple[str, bytes]]]:
-    """Tensor by tensor, of the groups in question."""
-    found: dict[str, list[tuple[str, bytes]]] = {}
-    for group, name, data in _shared(shards, places, rank):
-        if group in groups:
-            found.setdefault(group, []).append((name, xxhash.xxh3_128_digest(data)))
-    return found
-
-
 def name_the_drift(reports: Sequence[dict[str, list[list[object]]]]) -> None:
-    """Raises :class:`PeerError` with tensors and ranks. ``reports``: every rank's :func:`details`."""
+    """Raises :class:`PeerError` with tensors and ranks. ``reports``: every rank's :meth:`Digests.of`."""
     odd: dict[str, list[int]] = {}
     first: dict[str, tuple[int, dict[object, object]]] = {}
     for rank, report in enumerate(reports):

@@ -1,51 +1,39 @@
-"""Stage: live tensors become the bytes of a file image, a window at a time."""
+"""Stage: live tensors become the bytes of file images: at once, into an image kept in memory, or a window at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from msgspec import Struct
 
-from engine.format.checksum import BLOCK_BYTES
-from engine.plan.image import Image
+from engine.plan.image import Image, ShardLayout
 from engine.state.boxes import flat_to_boxes
 from engine.state.shard import bytes_of, torch_dtype
-
-WINDOW_BYTES = 16 * 1024 * 1024
-"""What a save copies at once: the host memory it needs beyond training. A multiple of the checksum block."""
+from engine.transfer.write import WINDOW_BYTES, Segment, windows
 
 
-class Segment(Struct, frozen=True):
-    """``data`` goes next into the file. It holds entries [first, stop) whole, or (``partial``) a run of blocks of entry ``first``.
-    Valid until the next one is asked for."""
+class LiveImages:
+    """Images of live tensors, a window of :data:`~engine.transfer.write.WINDOW_BYTES` at a time: all the memory that a save takes
+    beyond training. ``views[item]`` is the tensor of each item. CPU tensors of more than a window are handed on where they lie."""
 
-    first: int
-    stop: int
-    partial: bool
-    data: memoryview
-
-
-class Stager:
-    """Owns one window, kept from save to save."""
-
-    def __init__(self) -> None:
+    def __init__(self, layout: ShardLayout, views: Sequence[torch.Tensor]) -> None:
+        self._layout, self._views = layout, views
         self._window: torch.Tensor | None = None
 
-    def segments(self, image: Image, views: Sequence[torch.Tensor]) -> Iterator[Segment]:
-        """The image's data in file order. ``views[i]`` is the live tensor of ``image.entries[i]``. CPU tensors of more than a
-        window are handed on where they lie, without a copy."""
-        first = 0
-        while first < len(image.entries):
-            begin = image.entries[first].offset
-            stop = first
-            while stop < len(image.entries) and image.entries[stop].offset + image.entries[stop].nbytes - begin <= WINDOW_BYTES:
-                stop += 1
-            if stop == first:
+    def stream(self, number: int, take: Callable[[Segment], None]) -> Iterator[memoryview]:
+        image = self._layout.images[number]
+        yield memoryview(image.header)
+        for segment in self._segments(image, [self._views[item] for item in image.items]):
+            take(segment)
+            yield segment.data
+
+    def _segments(self, image: Image, views: Sequence[torch.Tensor]) -> Iterator[Segment]:
+        done = -1
+        for first, stop, partial, *_ in windows(image):
+            if not partial:
+                yield Segment(first, stop, False, self._gather(image, views, first, stop))
+            elif first != done:  # all its windows at once
+                done = first
                 for data in self._pieces(views[first], torch_dtype(image.entries[first].dtype)):
                     yield Segment(first, first + 1, True, data)
-                first += 1
-            else:
-                yield Segment(first, stop, False, self._gather(image, views, first, stop))
-                first = stop
 
     def _gather(self, image: Image, views: Sequence[torch.Tensor], first: int, stop: int) -> memoryview:
         window = self._own_window()
@@ -94,6 +82,3 @@ def _flat_pieces(view: torch.Tensor, count: int) -> Iterator[torch.Tensor]:
                 part = part.narrow(dim, offset, size)
             parts.append(part.reshape(-1))
         yield torch.cat(parts)
-
-
-assert WINDOW_BYTES % BLOCK_BYTES == 0

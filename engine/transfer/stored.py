@@ -17,7 +17,6 @@ from engine.format.manifest import (
     FileEntry,
     IndexHead,
     Manifest,
-    index_name,
     open_index,
     read_manifest,
     read_page,
@@ -27,6 +26,7 @@ from engine.format.tiling import tiles
 from engine.state.boxes import check_tiling, part_box
 from engine.storage import Reader, Storage
 
+_FROZEN_INDEX = re.compile(r"frozen\.[0-9a-f]{32}\.index")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _MAX_RANKS = 1 << 20
 _MAX_TENSOR_BYTES = 1 << 62
@@ -45,11 +45,15 @@ class StoredIndex:
         self.head, self._sealed = open_index(reader, self._where)
         if reader.size_bytes != entry.size_bytes or self._sealed.digest != entry.digest:
             raise CheckpointCorrupt(f"{self._where}, written by rank {rank}, is not what the manifest refers to: bytes have changed. {REMEDY}")
-        _check_head(self.head, rank, self._sealed.body_bytes, len(self._tensors), self._where)
+        _check_head(
+            self.head, rank if rank < manifest.summary.world_size else self.head.rank, self._sealed.body_bytes, len(self._tensors), self._where
+        )
         self._firsts = [page.first_tensor for page in self.head.pages]
         self._starts = list(accumulate((page.chunks for page in self.head.pages), initial=0))
-        self._places: list[dict[tuple[int, tuple[int, ...]], int] | None] = [None] * len(self._firsts)
+        self._pages: dict[int, list[int]] = {}
+        self._places: dict[tuple[int, tuple[int, ...]], int] = {}
         self._chunks: dict[int, Chunk] = {}
+        self._sound: set[tuple[object, ...]] = set()
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
@@ -71,10 +75,16 @@ class StoredIndex:
 
     def find(self, tensor: int, offsets: tuple[int, ...]) -> int | None:
         """The number of the chunk at ``offsets`` of a tensor, for :meth:`chunk`."""
-        page = bisect_right(self._firsts, tensor) - 1
-        return self._page(page).get((tensor, offsets)) if page >= 0 else None
+        found = self._places.get((tensor, offsets))
+        page = bisect_right(self._firsts, tensor) - 1 if found is None else -1
+        if page < 0 or page in self._pages:
+            return found
+        self._page(page)
+        return self._places.get((tensor, offsets))
 
     def chunk(self, number: int) -> Chunk:
+        if number not in self._chunks:
+            self._page(bisect_right(self._starts, number) - 1)
         return self._chunks[number]
 
     def record(self) -> bytes:
@@ -87,31 +97,44 @@ class StoredIndex:
 
     def chunks_of(self, page: int) -> list[Chunk]:
         """In order, each checked by itself; whether they fill their files is for :mod:`engine.transfer.verify`."""
-        return [self._chunks[number] for number in self._page(page).values()]
+        return [self._chunks[number] for number in self._page(page)]
 
     def check_body(self) -> None:
         """Against the one checksum over all pages."""
         self._sealed.body()
 
-    def _page(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
-        places = self._places[number]
-        if places is None:
-            places = self._places[number] = self._load(number)
-        return places
+    def _page(self, page: int) -> list[int]:
+        """The numbers of its chunks."""
+        if page not in self._pages:
+            self._pages[page] = self._load(page)
+        return self._pages[page]
 
-    def _load(self, number: int) -> dict[tuple[int, tuple[int, ...]], int]:
-        page, places, tensors = self.head.pages[number], {}, self.tensors_of(number)
+    def _load(self, number: int) -> list[int]:
+        page, tensors, places = self.head.pages[number], self.tensors_of(number), self._places
         for i, chunk in enumerate(read_page(self._sealed, page, self._where), self._starts[number]):
-            problem = _chunk_problem(chunk, self.files, self._tensors)
-            if not problem and chunk.tensor not in tensors:
-                problem = f"is in the page of tensors {tensors.start} to {tensors.stop}"
-            if problem:
-                raise CheckpointCorrupt(f"{self._where}: a chunk of tensor {chunk.tensor} {problem}")
+            if chunk.tensor not in tensors or not self._is_like_a_sound_one(chunk):
+                problem = _chunk_problem(chunk, self.files, self._tensors)
+                if not problem and chunk.tensor not in tensors:
+                    problem = f"is in the page of tensors {tensors.start} to {tensors.stop}"
+                if problem:
+                    raise CheckpointCorrupt(f"{self._where}: a chunk of tensor {chunk.tensor} {problem}")
+                self._sound.add(self._kind(chunk))
             if (chunk.tensor, chunk.offsets) in places:
                 raise CheckpointCorrupt(f"{self._where}: {self._tensors[chunk.tensor].name} at {list(chunk.offsets)} is listed twice")
             self._chunks[i] = chunk
             places[chunk.tensor, chunk.offsets] = i
-        return places
+        return list(range(self._starts[number], self._starts[number + 1]))
+
+    def _kind(self, chunk: Chunk) -> tuple[object, ...]:
+        """All that :func:`_chunk_problem` looks at, but for where the chunk lies: most chunks are of a few kinds."""
+        tensor = self._tensors[chunk.tensor]
+        return chunk.offsets, chunk.sizes, chunk.nbytes, len(chunk.digests), chunk.file, tensor.shape, tensor.dtype
+
+    def _is_like_a_sound_one(self, chunk: Chunk) -> bool:
+        if self._kind(chunk) not in self._sound:
+            return False
+        file = self.files[chunk.file]
+        return file.header_bytes <= chunk.offset and chunk.offset + chunk.nbytes <= file.size_bytes
 
 
 class _Reopened:
@@ -150,6 +173,8 @@ class StoredCheckpoint:
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}
         self._indexes: dict[int, StoredIndex] = {}
+        self.sound_headers: set[tuple[int, int]] = set()
+        """Of the shard files whose header has been verified: writing rank, and which of its files."""
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}" if self.folder else name
@@ -157,16 +182,16 @@ class StoredCheckpoint:
     def index(self, rank: int) -> StoredIndex:
         """What ``rank`` wrote; opened once."""
         if rank not in self._indexes:
-            self._indexes[rank] = StoredIndex(self.storage, self.path(index_name(rank)), rank, self.manifest)
+            self._indexes[rank] = StoredIndex(self.storage, self.path(self.manifest.index_name(rank)), rank, self.manifest)
         return self._indexes[rank]
 
     def chunk(self, name: str, offsets: tuple[int, ...], rank: int) -> tuple[int, Chunk]:
         """The chunk at ``offsets`` of a tensor in ``rank``'s index, and its number there."""
-        index = self.index(rank)
+        index = self._indexes.get(rank) or self.index(rank)
         found = index.find(self._numbers[name], offsets)
         if found is None:
             raise CheckpointCorrupt(
-                f"{self.where}/{index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
+                f"{self.where}/{self.manifest.index_name(rank)}: {name} at {list(offsets)} should be there by the manifest, but is not. {REMEDY}"
             )
         return found, index.chunk(found)
 
@@ -180,8 +205,11 @@ REMEDY = "Restore the file from a copy, or resume from another step (step:N)"
 
 def _check_manifest(manifest: Manifest, where: str) -> None:
     world_size = manifest.summary.world_size
-    if len(manifest.indexes) != world_size or not 1 <= world_size <= _MAX_RANKS:
+    if not 1 <= world_size <= len(manifest.indexes) or world_size > _MAX_RANKS or len(manifest.indexes) > 2 * _MAX_RANKS:
         raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {world_size}")
+    odd = [e.name for i, e in enumerate(manifest.indexes) if (i < world_size) != (not e.name) or (e.name and not _FROZEN_INDEX.fullmatch(e.name))]
+    if odd:
+        raise CheckpointCorrupt(f"{where}: an index named {odd[0]!r}, where that of a rank has no name and others are frozen.<32 digits>.index")
     names = {tensor.name for tensor in manifest.tensors}
     if len(names) != len(manifest.tensors):
         raise CheckpointCorrupt(f"{where}: a tensor is listed twice")
@@ -192,13 +220,13 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
     for tensor in manifest.tensors:
         if (tensor.dtype, tensor.shape, tensor.parts) not in sound:
             try:
-                _check_tensor(tensor, world_size)
+                _check_tensor(tensor, len(manifest.indexes))
             except LayoutError as e:
                 raise CheckpointCorrupt(f"{where}: {e}") from e
             sound.add((tensor.dtype, tensor.shape, tensor.parts))
 
 
-def _check_tensor(tensor: LogicalTensor, world_size: int) -> None:
+def _check_tensor(tensor: LogicalTensor, writers: int) -> None:
     """Raises :class:`LayoutError` for what no reader could compute with. Costs time in proportion to the parts."""
     told = f"{tensor.name} has dtype {tensor.dtype} and shape {list(tensor.shape)}"
     if tensor.dtype not in ITEM_BYTES or any(n < 0 for n in tensor.shape):
@@ -206,8 +234,8 @@ def _check_tensor(tensor: LogicalTensor, world_size: int) -> None:
     if math.prod(n for n in tensor.shape if n) * ITEM_BYTES[tensor.dtype] > _MAX_TENSOR_BYTES:
         raise LayoutError(f"{told}: no tensor is that large")
     for part in tensor.parts:
-        if not isinstance(part.layout, Absent) and part.layout.mesh.is_sound and part.layout.mesh.largest >= world_size:
-            raise LayoutError(f"{tensor.name} is laid out over ranks that a world size of {world_size} does not have")
+        if not isinstance(part.layout, Absent) and part.layout.mesh.is_sound and part.layout.mesh.largest >= writers:
+            raise LayoutError(f"{tensor.name} is laid out over writers that the {writers} indexes do not have")
         if isinstance(part.layout, Absent) and part.layout.fill and (tensor.dtype not in _FLOATS or not abs(part.layout.fill) <= _MAX_FILL):
             raise LayoutError(f"{told}, and a part to be filled with {part.layout.fill}")
         if part.narrow and ITEM_BYTES.get(part.narrow, math.inf) >= ITEM_BYTES[tensor.dtype]:

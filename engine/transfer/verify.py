@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from engine.errors import CheckpointNotFound, EngineError
 from engine.format.checksum import digest
 from engine.format.layout import Absent, LogicalTensor
-from engine.format.manifest import MANIFEST, Chunk, FileEntry, index_name
+from engine.format.manifest import MANIFEST, Chunk, FileEntry
 from engine.format.names import parse_step, step_name
 from engine.format.record import decode_record
 from engine.format.safetensors import Entry, as_stored, decode_header
@@ -60,8 +60,8 @@ def verify(storage: Storage, folder: str, on_bytes: Callable[[int], object] = la
     found = _Verification(stored, on_bytes)
     found.check_manifest()
     with Scans(storage) as scans:
-        for rank in range(stored.manifest.summary.world_size):
-            found.check_rank(rank, scans)
+        for writer in range(len(stored.manifest.indexes)):
+            found.check_rank(writer, scans)
     found.check_tiling()
     found.check_folder(present)
     return _with_links(_joined(found.problems), storage, folder)
@@ -98,7 +98,7 @@ class _Verification:
             self._add(file, str(e), rank=rank)
 
     def check_rank(self, rank: int, scans: Scans) -> None:
-        name = index_name(rank)
+        name = self._stored.manifest.index_name(rank)
         self._belong.add(name)
         try:
             index = StoredIndex(self._stored.storage, self._stored.path(name), rank, self._stored.manifest)

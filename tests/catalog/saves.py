@@ -5,19 +5,26 @@ from pathlib import Path
 
 from engine.catalog import read_manifest
 from engine.format.manifest import Summary
-from engine.format.names import parse_step
+from engine.format.names import attempt_name, parse_step, step_name
 from engine.format.record import decode_record
 from engine.storage import LocalStorage
-from engine.transfer.commit import begin_attempt, commit_attempt
+from engine.transfer.commit import commit_attempt
 from engine.transfer.write import write_whole
 from tests.catalog.made import manifest
 
 FILES = ("rank_00000.0.safetensors", "rank_00000.index")
 
 
+def begin(storage: LocalStorage, step: int) -> str:
+    """An attempt's folder; its name."""
+    attempt = attempt_name(step_name(step))
+    storage.make_folder(attempt)
+    return attempt
+
+
 def save(storage: LocalStorage, of: Summary, uid: int) -> None:
     """As a Checkpointer does: an attempt, the ranks' files, the commit. ``uid`` is in every file."""
-    attempt = begin_attempt(storage, of.step)
+    attempt = begin(storage, of.step)
     for name in FILES:
         write_whole(storage, f"{attempt}/{name}", _content(name, uid))
     storage.sync_folder(attempt)

@@ -92,8 +92,8 @@ def test_a_sweep_removes_attempts_and_removed_steps(storage):
 def test_a_sweep_leaves_the_attempt_of_a_save_under_way(storage):
     put_aside(storage)
     before = everything(storage.root)
-    sweep(storage, keep=ATTEMPT)
-    restore(storage, keep=ATTEMPT)
+    sweep(storage, keep=ATTEMPT.rpartition(".")[2])
+    restore(storage, keep=ATTEMPT.rpartition(".")[2])
     assert everything(storage.root) == before
 
 

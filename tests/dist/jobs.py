@@ -16,7 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from benchmarks.zoo import Trained, build
-from engine import Checkpointer, Progress
+from engine import Progress
+from tests.now import Checkpointer
 from engine.storage import LocalStorage
 
 warnings.simplefilter("ignore")
@@ -139,15 +140,42 @@ def counters_after_resume(engine: str, run: str) -> dict[str, int]:
         return {name: getattr(made.member, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
 
 
-def save_inside_accumulation(engine: str, run: str) -> str:
-    with trained(engine, accumulation=2) as made:
-        made.step(0)
-        from benchmarks.zoo import batch
+def save_inside_accumulation(engine: str, run: str) -> dict[str, Any]:
+    """A save between two micro-batches, which the forward after the boundary carries out; and what a resume finds."""
+    from benchmarks.zoo import batch
 
-        loss = made.member(batch(1, dist.get_rank(), dist.get_world_size()).chunk(2)[0])
-        made.member.backward(loss)
+    with trained(engine, accumulation=2) as made:
+        first, second = batch(1, dist.get_rank(), dist.get_world_size()).chunk(2)
+        checkpointer, progress = Checkpointer(run, made.member), Progress()
+        made.step(0)
+        progress.advance(12)
+        for micro in (first, second):
+            made.member.backward(made.member(micro))
+            made.member.step()
+            if micro is first:
+                answer = checkpointer.save(progress)
+        progress.advance(12)
+        before = sorted(os.listdir(run)) if os.path.exists(run) else []
+        made.step(2)  # its forward saves first
+        seen = sorted(name for name in os.listdir(run) if name.startswith("step_"))
+        checkpointer.resume("latest")
+        after = made.step(2)
+        with trained(engine, accumulation=2) as fresh:
+            fresh.step(0)
+            fresh.step(1)
+            expected = fresh.step(2)
+        return {"answer": answer, "before": before, "seen": seen, "losses": (after, expected)}
+
+
+def resume_inside_accumulation(engine: str, run: str) -> str:
+    from benchmarks.zoo import batch
+
+    with trained(engine, accumulation=2) as made:
+        checkpointer = Checkpointer(run, made.member)
+        checkpointer.save(Progress(step=1))
+        made.member.backward(made.member(batch(1, dist.get_rank(), dist.get_world_size()).chunk(2)[0]))
         made.member.step()
-        return told(lambda: Checkpointer(run, made.member).save(Progress(step=1)))
+        return told(lambda: checkpointer.resume("latest"))
 
 
 def attach_after_change(engine: str, run: str) -> str:
@@ -248,7 +276,7 @@ def save_and_die(run: str, dying: int) -> str:
         checkpointer = Checkpointer(run, made.member, timeout_seconds=3)
         checkpointer.save(Progress(step=1))
         if dist.get_rank() == dying:
-            LocalStorage.create = lambda self, path: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign,return-value]
+            LocalStorage.create = lambda self, *args: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign,return-value]
         return told(lambda: checkpointer.save(Progress(step=2)))
 
 

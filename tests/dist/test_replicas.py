@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.pool import Pools
-from engine import Checkpointer, PerRank, Progress
+from engine import PerRank, Progress
+from tests.now import Checkpointer
 from engine.data import ElasticSampler
 from tests.dist.jobs import told
 

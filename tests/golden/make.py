@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import Checkpointer, ElasticSampler, Progress
+from engine import ElasticSampler, Progress
 from engine.format.manifest import FORMAT
+from tests.now import Checkpointer
 
 HERE = Path(__file__).parent
 RUN = HERE / f"format_{FORMAT}"

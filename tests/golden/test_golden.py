@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Checkpointer
 from engine.format.manifest import RankIndex, encode_index, encode_manifest, open_index, read_manifest, read_page
 from engine.plan.order import reading_order
 from engine.storage import LocalStorage
 from engine.transfer.verify import verify
 from tests.golden import make, reader
 from tests.layouts import Bytes, tensors
+from tests.now import Checkpointer
 from tests.synthetic import unsynced, with_fills, write_step
 
 RUNS = sorted(make.HERE.glob("format_*"))

@@ -7,10 +7,11 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from recipes import causvid
 from recipes.lib.start import what_is_there
 from recipes.lib.wan import PRESETS
+from tests.now import Checkpointer
 from tests.recipes.conftest import SMALL
 
 pytestmark = pytest.mark.timeout(60)

@@ -6,13 +6,15 @@ import os
 import pytest
 import torch
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.errors import StorageError
 from engine.storage import LocalStorage
-from engine.transfer.commit import abort_attempt, begin_attempt, commit_attempt, write_run_file
-from engine.transfer.runfile import read_run_file
+from engine.transfer.commit import abort_attempt, commit_attempt
+from engine.transfer.runfile import read_run_file, write_run_file
 from tests.catalog.made import manifest, summary
+from tests.catalog.saves import begin
 from tests.kill import dying, refuse
+from tests.now import Checkpointer
 
 
 def test_everything_is_durable_before_it_is_visible_and_the_pointer_moves_last(tmp_path, monkeypatch):
@@ -56,7 +58,7 @@ def test_everything_is_durable_before_it_is_visible_and_the_pointer_moves_last(t
 
 def test_an_attempt_that_is_given_up_leaves_nothing(tmp_path):
     storage = LocalStorage(tmp_path / "run")
-    attempt = begin_attempt(storage, 30)
+    attempt = begin(storage, 30)
     assert os.listdir(storage.root) == [attempt]
     abort_attempt(storage, attempt)
     abort_attempt(storage, attempt)
@@ -65,7 +67,7 @@ def test_an_attempt_that_is_given_up_leaves_nothing(tmp_path):
 
 def test_a_pointer_that_cannot_be_moved_is_told_with_the_step_that_is_committed(tmp_path, monkeypatch):
     storage = LocalStorage(tmp_path)
-    attempt = begin_attempt(storage, 30)
+    attempt = begin(storage, 30)
     refuse(monkeypatch, "replace")
     with pytest.raises(StorageError, match=r"step_00000030 is committed, but 'latest' could not be moved to it: .*Resume with step:30"):
         commit_attempt(storage, attempt, manifest(summary(30)))

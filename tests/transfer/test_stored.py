@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Checkpointer, Progress
+from engine import Progress
 from engine.errors import CheckpointCorrupt, CheckpointNotFound
 from engine.format.manifest import PAGE_CHUNKS
 from engine.storage import LocalStorage
 from engine.transfer.stored import StoredCheckpoint
+from tests.now import Checkpointer
 from tests.tiny import forge, make, same, save, state
 
 
@@ -32,6 +33,14 @@ def _last(data):
     """The chunk at the end of the file."""
     offsets = [chunk[_OFFSET] for chunk in data["chunks"]]
     return _chunk(data, offsets.index(max(offsets)))
+
+
+def _later(data):
+    """One that has the shape and dtype of chunks before it."""
+    data["chunks"] = [list(chunk) for chunk in data["chunks"]]
+    first, *_, last = [chunk for chunk in data["chunks"] if tuple(chunk[2]) == (3, 4)]
+    assert first is not last
+    return last
 
 
 def _head(data):
@@ -151,6 +160,9 @@ INDEXES = {
     "header": (_set(_chunk, _OFFSET, 0), "lies outside rank_00000.0.safetensors"),
     "negative offset": (_set(_chunk, _OFFSET, -4096), "lies outside rank_00000.0.safetensors"),
     "past the end": (_set(_chunk, _OFFSET, 2**60), "lies outside rank_00000.0.safetensors"),
+    "header, after its like": (_set(_later, _OFFSET, 0), "lies outside rank_00000.0.safetensors"),
+    "past the end, after its like": (_set(_later, _OFFSET, 2**60), "lies outside rank_00000.0.safetensors"),
+    "no file, after its like": (_set(_later, _FILE, 1), "in file 1 of 1"),
     "twice": (lambda d: d.update(chunks=[*d["chunks"], d["chunks"][0]]), "listed twice"),
     "digest length": (_set(_chunk, _DIGESTS, lambda d: d[:-1]), "block checksums"),
     "more digests": (_set(_chunk, _DIGESTS, lambda d: d * 2), "block checksums"),

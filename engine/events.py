@@ -1,0 +1,75 @@
+"""What a save took, for logs and trackers."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
+
+from engine.errors import UsageError
+
+logger = logging.getLogger("engine")
+
+
+class SaveEvent(Struct, frozen=True):
+    """One save, seen from one rank. ``blocked_seconds``: how long ``save()`` kept the training loop; then, each counted from the call:
+    until the state was staged, until this rank's files were durable, until the step was visible. ``size_bytes`` were this rank's, of
+    which ``reused_bytes`` were linked and not written. Steps of optimizers that ended meanwhile: how many, and the times between them.
+    """
+
+    step: int
+    blocked_seconds: float
+    staged_seconds: float
+    written_seconds: float
+    committed_seconds: float
+    size_bytes: int
+    reused_bytes: int = 0
+    steps: int = 0
+    step_p50_seconds: float = 0.0
+    step_p99_seconds: float = 0.0
+    step_max_seconds: float = 0.0
+
+    @property
+    def gb_per_second(self) -> float:
+        """Written, over the time from staged to durable."""
+        return (self.size_bytes - self.reused_bytes) / 1e9 / max(self.written_seconds - self.staged_seconds, 1e-9)
+
+    def scalars(self) -> dict[str, float]:
+        """By the names that trackers get: ``checkpoint/blocked_seconds`` and so on."""
+        found = {name: float(value) for name, value in asdict(self).items() if name != "step"}
+        return {f"checkpoint/{name}": value for name, value in {**found, "gb_per_second": self.gb_per_second}.items()}
+
+
+Sink = Callable[[SaveEvent], object]
+
+
+def sink_of(target: Any) -> Sink:
+    """A function that is given the event; a TensorBoard ``SummaryWriter`` (``add_scalar``); or a W&B run (``log``)."""
+    if hasattr(target, "add_scalar"):
+
+        def board(event: SaveEvent) -> None:
+            for name, value in event.scalars().items():
+                target.add_scalar(name, value, event.step)
+
+        return board
+    if hasattr(target, "log"):
+        return lambda event: target.log(event.scalars())
+    if not callable(target):
+        raise UsageError(f"events takes functions, TensorBoard writers and W&B runs; {type(target).__name__} is none of them")
+    return target
+
+
+def emit(event: SaveEvent, sinks: Sequence[Sink]) -> None:
+    """To the log, and to every sink; one that fails is told, and costs no checkpoint."""
+    reused = f", {event.reused_bytes / 1e6:.1f} MB of them reused" if event.reused_bytes else ""
+    slowest = f"; {event.steps} steps meanwhile, the slowest {event.step_max_seconds:.3f} s" if event.steps else ""
+    logger.info(
+        "saved step %d: %.1f MB by this rank%s; training waited %.3f s, durable after %.2f s, visible after %.2f s%s",
+        event.step, event.size_bytes / 1e6, reused, event.blocked_seconds, event.written_seconds, event.committed_seconds, slowest,
+    )  # fmt: skip
+    for sink in sinks:
+        try:
+            sink(event)
+        except Exception as e:  # noqa: BLE001 - a tracker's failure must not become the checkpoint's
+            logger.warning("an event of the save of step %d was not taken: %r", event.step, e)

@@ -1,0 +1,228 @@
+"""A rank's writer process, seen from the trainer: what it is told, what it answers, and what becomes of it when it does not.
+
+The process is spawned, never forked, holds no torch and no CUDA context, and ends when the trainer's end of the socket closes, however
+that comes about. ``engine.writer`` is its other side.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from engine.errors import EngineError, StorageError, error_class
+from engine.format.layout import LogicalTensor
+from engine.format.manifest import IndexEntry, Summary
+from engine.plan.image import ShardLayout
+
+logger = logging.getLogger("engine")
+
+COMMAND = (sys.executable, "-m", "engine.writer")
+_LENGTH = struct.Struct("<Q")
+_PATIENCE_SECONDS = 10.0  # for a process that has nothing left to do but to end
+
+
+class Settings(Struct, tag=True):
+    """The first message: the run's folder, this rank, the name of this job's lease of the run, and its retention."""
+
+    root: str
+    rank: int
+    holder: str
+    retention: tuple[int | None, int | None, int | None]
+
+
+class Plan(Struct, tag=True):
+    """What all saves of one plan have in common."""
+
+    layout: ShardLayout
+    tensors: tuple[LogicalTensor, ...]
+    aliases: dict[str, str]
+
+
+class UseImage(Struct, tag=True):
+    """The image ``slot``: a file descriptor follows this message."""
+
+    slot: int
+    size_bytes: int
+
+
+class Write(Struct, tag=True):
+    """Write the image in ``slot`` into ``attempt``; ``previous`` is the step whose files may be linked. Answered by
+    :class:`~engine.transfer.write.Written`."""
+
+    slot: int
+    attempt: str
+    record: bytes
+    previous: str
+
+
+class Commit(Struct, tag=True):
+    """Make ``attempt`` visible; rank 0's writer only."""
+
+    attempt: str
+    summary: Summary
+    indexes: tuple[IndexEntry, ...]
+    record: bytes
+
+
+class Abort(Struct, tag=True):
+    attempt: str
+
+
+Order = Settings | Plan | UseImage | Write | Commit | Abort
+
+
+class Done(Struct, tag=True):
+    value: Any = None
+
+
+class Failed(Struct, tag=True):
+    kind: str
+    message: str
+    trace: str
+
+
+class Alive(Struct, tag=True):
+    """Sent while at work, so that a long write is not taken for a hang."""
+
+
+class Log(Struct, tag=True):
+    level: int
+    text: str
+
+
+Answer = Done | Failed | Alive | Log
+
+
+class Channel:
+    """Messages over one socket, each with its length before it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def send(self, message: Struct, fd: int | None = None) -> None:
+        data = msgspec.msgpack.encode(message)
+        self.socket.sendall(_LENGTH.pack(len(data)) + data)
+        if fd is not None:
+            socket.send_fds(self.socket, [b"\0"], [fd])
+
+    def receive(self, kind: Any) -> Any:
+        """Raises EOFError where the other side has closed."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return msgspec.msgpack.decode(self._read(length), type=kind)
+
+    def receive_fd(self) -> int:
+        _, fds, *_ = socket.recv_fds(self.socket, 1, 1)
+        if not fds:
+            raise EOFError
+        return fds[0]
+
+    def _read(self, count: int) -> bytearray:
+        data = bytearray(count)
+        view = memoryview(data)
+        while view:
+            got = self.socket.recv_into(view)
+            if got == 0:
+                raise EOFError
+            view = view[got:]
+        return data
+
+
+class WriterProcess:
+    """Started when made; whoever makes one calls :meth:`stop`. Its methods may be called from one thread at a time."""
+
+    def __init__(self, settings: Settings, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        ours, theirs = socket.socketpair()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (_package_root(), os.environ.get("PYTHONPATH")) if path)}
+        self._process = subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._channel = Channel(ours)
+        self._doing = ""
+        self._send("start", settings)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def tell(self, order: Order, fd: int | None = None) -> None:
+        """An order without an answer."""
+        self._send(type(order).__name__, order, fd)
+
+    def ask(self, what: str, order: Order) -> Any:
+        """The answer's value. Raises what the process raised, with its traceback, or :class:`StorageError` if it died, or gave no sign
+        of life for the timeout."""
+        self._send(what, order)
+        while True:
+            answer = self._receive(what)
+            if isinstance(answer, Done):
+                return answer.value
+            if isinstance(answer, Failed):
+                kind = error_class(answer.kind)
+                ours = issubclass(kind, EngineError) and kind.__name__ == answer.kind
+                raise (kind if ours else StorageError)(answer.message if ours else f"{what}: the writer process failed:\n{answer.trace}")
+            if isinstance(answer, Log):
+                logger.log(answer.level, "%s", answer.text)
+
+    def stop(self) -> None:
+        """Close, and wait until it has ended."""
+        with contextlib.suppress(OSError):
+            self._channel.socket.close()
+        try:
+            self._process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.socket.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, what: str, order: Struct, fd: int | None = None) -> None:
+        try:
+            self._channel.send(order, fd)
+        except OSError:
+            raise self._death(what) from None
+
+    def _receive(self, what: str) -> Any:
+        deadline = time.monotonic() + self._timeout_seconds
+        try:
+            while not select.select([self._channel.socket], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
+                if time.monotonic() >= deadline:
+                    self.kill()
+                    raise StorageError(
+                        f"{what}: the writer process {self.pid} gave no sign of life for {self._timeout_seconds:.0f} s and was killed. The storage "
+                        "may hang (see the system log). Checkpoints committed before are untouched"
+                    )
+            return self._channel.receive(Answer)
+        except (EOFError, OSError):
+            raise self._death(what) from None
+
+    def _death(self, what: str) -> StorageError:
+        try:
+            code = self._process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self._process.returncode
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return StorageError(
+            f"{what}: the writer process {self.pid} {how}. Look at this rank's stderr and the system log (out of memory?). Checkpoints committed "
+            "before are untouched; the next save starts a new one"
+        )
+
+
+def _package_root() -> str:
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
