@@ -5,7 +5,7 @@ exceed five usual ones; the slower rank's, median of interleaved rounds. Each sa
 that wait, with nothing to train, is not counted. Against it: one copy of the state into memory that is there, by both ranks at
 once; DCP's async_save by a thread and by a process; dcp.save; and DeepSpeed's save_checkpoint of a ZeRO-1 engine with the same
 parameters, whose partition holds as many bytes a rank. ``first`` and ``second`` are the first saves of a fresh Checkpointer,
-``durable`` is from the call to the durable checkpoint, those five steps included.
+``call`` is what ``save()`` itself took, ``durable`` from the call to the durable checkpoint, those five steps included.
 
 --tiny: by how much the slowest step of a run with saves exceeds the slowest of a run without, for 10,000 small tensors. A save
 every 20 steps, its time counted to its step; the earlier one is awaited if it is still in flight. For DCP, which takes longer, one
@@ -47,9 +47,10 @@ def measure_rank(folder: str, mebibytes: int, rounds: int) -> dict[str, list[flo
     for i in range(rounds):
         for name in list(compared)[:: 1 if i % 2 == 0 else -1]:
             found["step"].append(trunk.usual())
-            blocked, durable = _blocked(compared[name], trunk)
+            blocked, call, durable = _blocked(compared[name], trunk)
             found.setdefault(name, []).append(blocked)
             if name != "memcpy":
+                found.setdefault(f"{name}_call", []).append(call)
                 found.setdefault(f"{name}_durable", []).append(durable)
     for saver in compared.values():
         saver.close()
@@ -67,21 +68,20 @@ def _first_saves(folder: str, member: Any, trunk: Trunk, rounds: int) -> dict[st
     return found
 
 
-def _blocked(saver: savers.Saver, trunk: Trunk) -> tuple[float, float]:
-    """Seconds: how long training was blocked, and until the save was durable."""
+def _blocked(saver: savers.Saver, trunk: Trunk) -> tuple[float, float, float]:
+    """Seconds: how long training was blocked, of that in the call, and until the save was durable."""
     change(saver.member)
     usual = trunk.usual()
     dist.barrier()
     began = time.perf_counter()
     saver.save()
-    blocked = time.perf_counter() - began
+    call = time.perf_counter() - began
     excess = sum(trunk.step() for _ in range(_NEXT_STEPS)) - _NEXT_STEPS * usual
-    if not isinstance(saver, savers.Memcpy):
-        blocked += max(0.0, excess)
+    blocked = call if isinstance(saver, savers.Memcpy) else call + max(0.0, excess)
     saver.wait()
     durable = time.perf_counter() - began
     saver.clean()
-    return slowest(blocked), slowest(durable)
+    return slowest(blocked), slowest(call), slowest(durable)
 
 
 def measure(quick: bool) -> Result:
@@ -89,9 +89,9 @@ def measure(quick: bool) -> Result:
     seconds = {name: median(values) for name, values in found.items()}
     rows: list[Row] = []
     for name, values in found.items():
-        if not name.endswith("_durable"):
-            durable = seconds.get(f"{name}_durable", "")
-            rows.append({"what": name, "blocked_seconds": seconds[name], "least": min(values), "most": max(values), "durable_seconds": durable})
+        if not name.endswith(("_call", "_durable")):
+            rows.append({"what": name, "blocked_seconds": seconds[name], "least": min(values), "most": max(values)})
+            rows[-1] |= {f"{part}_seconds": seconds.get(f"{name}_{part}", "") for part in ("call", "durable")}
     return rows, {
         "blocked_over_memcpy": seconds["ours"] / seconds["memcpy"],
         "blocked_over_dcp_thread": seconds["ours"] / seconds["dcp_thread"],
@@ -100,6 +100,7 @@ def measure(quick: bool) -> Result:
         "blocked_over_deepspeed": seconds["ours"] / seconds["deepspeed"],
         "first_over_second_save": seconds["first"] / seconds["second"],
         "attach_seconds": seconds["attach"],
+        "call_over_memcpy": seconds["ours_call"] / seconds["memcpy"],
         "blocked_seconds": seconds["ours"],
         "memcpy_seconds": seconds["memcpy"],
     }
