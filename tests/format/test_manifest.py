@@ -81,7 +81,7 @@ FILES = {"manifest": (encode_manifest(MANIFEST), read_root, MANIFEST), "index": 
 BOTH = pytest.mark.parametrize(("data", "read", "value"), FILES.values(), ids=FILES)
 
 
-def sealed(head: bytes, body: bytes = b"", kind: int = 1, version: int = 0) -> bytes:
+def sealed(head: bytes, body: bytes = b"", kind: int = 1, version: int = 1) -> bytes:
     return _ENVELOPE.pack(b"lockstep", version, kind, len(head), len(body), digest(head), digest(body)) + head + body
 
 

@@ -197,7 +197,7 @@ def test_a_head_or_a_body_that_ends_early(sound, step, data):
     head, body = head[: data.draw(st.integers(0, len(head)))], body[: data.draw(st.integers(0, len(body)))]
     if (len(head), len(body)) == (head_bytes, len(raw) - _ENVELOPE.size - head_bytes):
         return
-    (step / "manifest").write_bytes(_ENVELOPE.pack(b"lockstep", 0, 1, len(head), len(body), digest(head), digest(body)) + head + body)
+    (step / "manifest").write_bytes(_ENVELOPE.pack(b"lockstep", 1, 1, len(head), len(body), digest(head), digest(body)) + head + body)
     survives(step, sound)
     with pytest.raises(CheckpointCorrupt):
         StoredCheckpoint(LocalStorage(step.parent), step.name)
@@ -236,7 +236,7 @@ def test_deep_nesting(sound, step, opening, place):
         raw = (sound / "manifest").read_bytes()
         head_bytes = _ENVELOPE.unpack_from(raw)[3]
         head, body = (deep, raw[_ENVELOPE.size + head_bytes :]) if place == "head" else (raw[_ENVELOPE.size : _ENVELOPE.size + head_bytes], deep)
-        data = _ENVELOPE.pack(b"lockstep", 0, 1, len(head), len(body), digest(head), digest(body)) + head + body
+        data = _ENVELOPE.pack(b"lockstep", 1, 1, len(head), len(body), digest(head), digest(body)) + head + body
     (step / "manifest").write_bytes(data)
     survives(step, sound)
 
