@@ -163,6 +163,7 @@ class Checkpointer:
         self._orders: tuple[_Plan, process.Plan] | None = None
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
         self._count = 0
+        self._described: tuple[list[Shard], tuple[LogicalTensor, ...]] = ([], ())
         self._changed: dict[int, set[str]] = {}
         self._restless: set[str] = set()
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
@@ -269,7 +270,8 @@ class Checkpointer:
 
     def _plan_of(self, shards: list[Shard]) -> _Plan:
         """The last plan serves while tensors stay alike."""
-        described = tuple(shard.tensor for shard in shards)
+        described = self._described[1] if shards is self._described[0] else tuple(shard.tensor for shard in shards)
+        self._described = (shards, described)
         frozen = self._members.frozen()
         for count in [count for count in list(self._changed) if count < self._count - self._max_in_flight]:
             self._restless |= self._changed.pop(count)

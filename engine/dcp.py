@@ -99,6 +99,7 @@ class ShardSavePlanner(SavePlanner):
             kept = [box for part in tensor.parts for box in written_boxes(tensor, part, world_size + rank)]
             self.frozen.update((tensor.name, box.offsets) for box in kept)
             self._boxes.append(own + kept)
+        self._shards: Sequence[Shard] | None = None
         self._handles: dict[str, ShardTensor] = {}
         self._plan: SavePlan | None = None
         self._views: list[torch.Tensor] | None = None
@@ -106,6 +107,9 @@ class ShardSavePlanner(SavePlanner):
     def handles(self, shards: Sequence[Shard]) -> dict[str, ShardTensor]:
         """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``. What is the same
         object as at the last save keeps its handle: making 10,000 of them takes longer than copying what they stand for."""
+        if shards is self._shards:
+            return self._handles
+        self._shards = shards
         for shard, boxes in zip(shards, self._boxes, strict=True):
             if boxes:
                 known = self._handles.get(shard.name)

@@ -26,7 +26,7 @@ from engine.transfer.process import Abort, Alive, Channel, Commit, Done, Failed,
 from engine.transfer.write import Images, MemoryImages, Written, places, write_shards
 
 REWRITE_AFTER = 20
-NICENESS = 10
+NICENESS = 19
 """Training goes first; but a save ends, too, where training leaves no processor idle."""
 
 

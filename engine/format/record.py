@@ -77,6 +77,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
     if type(value) is complex:
         return msgspec.msgpack.Ext(_COMPLEX, struct.pack("<dd", value.real, value.imag))
     if type(value) is list:
+        if value and all(type(v) is str for v in value) and "".join(value).isascii():  # names, by the thousand
+            return value
         return [_pack(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
     if isinstance(value, tuple):
         return msgspec.msgpack.Ext(_TUPLE, msgspec.msgpack.encode([_pack(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]))

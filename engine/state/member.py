@@ -37,7 +37,7 @@ class Targets:
 class Captured:
     """``where`` it all lay; ``stepped``: the names of tensors that only the optimizer's step changes; ``frozen``: parts of
     tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies of counters
-    that live as Python numbers."""
+    that live as Python numbers; ``lasting``: what of the record is the same while all lies there."""
 
     where: list[int]
     slots: list[Slot]
@@ -45,6 +45,7 @@ class Captured:
     stepped: frozenset[str]
     frozen: frozenset[tuple[str, tuple[int, ...]]]
     int_steps: list[tuple[torch.Tensor, torch.Tensor]]
+    lasting: optim.Lasting | None = None
 
 
 class Member:
@@ -96,14 +97,11 @@ class Member:
                 if piece.name in fixed
                 for placed in (self.adapter.names.placed(piece),)
             )
-            counters = optim.int_steps(states, self._state_prefix, slots)
+            counters = optim.int_steps(a.optimizer, states, self._state_prefix, slots) if (a := self.adapter).optimizer is not None else []
             self._captured = Captured(where, slots, models + states + self._buffers(), frozenset(stepped), frozen, counters)
         elif self.adapter.optimizer is not None:
             optim.refresh_int_steps(self.adapter.optimizer, self._captured.int_steps)
         return self._captured
-
-    def frozen(self) -> frozenset[tuple[str, tuple[int, ...]]]:
-        return self._captured.frozen if self._captured else frozenset()
 
     def _whereabouts(self) -> list[int]:
         """Changes when any live tensor is replaced, added or removed, or begins or ceases to be trained. What was captured keeps its
@@ -163,14 +161,15 @@ class Member:
         a, slots = self.adapter, self._captured.slots if self._captured else self._slots()
         record: dict[str, Any] = {"engine": a.engine, "counters": a.counters()}
         if a.optimizer is not None:
-            record["optimizer"] = optim.family(a.optimizer)
-            record["optimizer_class"] = type(a.optimizer).__name__
-            record["int_steps"] = optim.has_int_steps(a.optimizer)
-            record["local_states"] = optim.local_states(a.optimizer)
-            record["flat"] = optim.is_flat(slots)
-            record["groups"] = optim.hyper_parameters(a.optimizer, slots)
-            record["scalars"] = optim.python_scalars(a.optimizer, slots)
-            record["stateless"] = list(dict.fromkeys(s.piece.name for s in slots if not a.optimizer.state.get(s.holder)))
+            if self._captured is None or self._captured.lasting is None:
+                lasting = optim.lasting_record(a.optimizer, slots)
+                if self._captured is not None:
+                    self._captured.lasting = lasting
+            else:
+                lasting = self._captured.lasting
+            record |= lasting.record
+            record["groups"] = optim.hyper_parameters(a.optimizer, lasting.names)
+            record["scalars"] = optim.python_scalars(a.optimizer, slots) if lasting.has_numbers else {}
         if a.scheduler is not None:
             record["scheduler"] = position(a.scheduler)
         return record

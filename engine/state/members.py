@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import UsageError
 from engine.format.layout import LogicalTensor
-from engine.state.member import Member, Targets
+from engine.state.member import Captured, Member, Targets
 from engine.state.objects import ObjectMember
 from engine.state.pick import adapter_for, is_plain_state
 from engine.state.shard import Shard
@@ -36,6 +36,10 @@ class Members:
         for attached in self.models.values():
             attached.check()
         self._captured: dict[str, Any] = {}
+        self._last: list[Captured] = []
+        self._shards: list[Shard] = []
+        self._stepped: frozenset[str] = frozenset()
+        self._frozen: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
 
     @property
     def engine(self) -> str:
@@ -45,23 +49,21 @@ class Members:
         return [shard for member in self.models.values() for shard in member.shards()]
 
     def capture(self) -> tuple[list[Shard], frozenset[str]]:
-        """All live tensors, and the names of those that only an optimizer's step changes. What is no tensor is captured with them, for
-        the records."""
-        shards: list[Shard] = []
-        stepped: list[frozenset[str]] = []
-        for member in self.models.values():
-            captured = member.capture()
-            shards += captured.shards
-            stepped.append(captured.stepped)
+        """All live tensors, and the names of those that only an optimizer's step changes: the same list while every tensor lies where it
+        lay. What is no tensor is captured with them, for the records."""
+        models, of_objects = [member.capture() for member in self.models.values()], list[Shard]()
         for name, attached in self.objects.items():
             self._captured[name], found = attached.capture()
-            shards += found
-        return shards, stepped[0] if len(stepped) == 1 else frozenset().union(*stepped)
+            of_objects += found
+        if len(models) != len(self._last) or any(new is not old for new, old in zip(models, self._last, strict=True)):
+            self._last, self._shards = models, [shard for captured in models for shard in captured.shards]
+            self._stepped = frozenset().union(*(captured.stepped for captured in models))
+            self._frozen = frozenset().union(*(captured.frozen for captured in models))
+        return self._shards + of_objects if of_objects else self._shards, self._stepped
 
     def frozen(self) -> frozenset[tuple[str, tuple[int, ...]]]:
         """The parts of parameters that nobody trains, as captured last: a tensor's name with a part's offsets."""
-        found = [member.frozen() for member in self.models.values()]
-        return found[0] if len(found) == 1 else frozenset().union(*found)
+        return self._frozen
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.adapter.optimizer for member in self.models.values() if member.adapter.optimizer is not None]

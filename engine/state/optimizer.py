@@ -4,11 +4,12 @@ A state is a *scalar* if it is one number for the whole parameter (``step``), el
 a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
+from msgspec import Struct
 from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.distributed.tensor import Shard as Cut
 
@@ -87,18 +88,18 @@ def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[
     return list(shards.values())
 
 
-def int_steps(states: Iterable[Shard], prefix: str, slots: Iterable[Slot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def int_steps(
+    optimizer: torch.optim.Optimizer, states: Iterable[Shard], prefix: str, slots: Iterable[Slot]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The holders of states whose step is a Python int, each with the tensor that :func:`state_shards` made of it."""
     made = {shard.name: shard.locals[0] for shard in states if shard.name.endswith(".step") and not shard.tensor.shape}
     pairs = [(slot.holder, made.get(f"{prefix}{slot.piece.name}.step")) for slot in slots]
-    return [(holder, tensor) for holder, tensor in pairs if tensor is not None]
+    return [(holder, tensor) for holder, tensor in pairs if tensor is not None and _counts_in_ints("step", optimizer.state[holder].get("step"))]
 
 
 def refresh_int_steps(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for holder, tensor in pairs:
-        value = optimizer.state[holder].get("step")
-        if _counts_in_ints("step", value):
-            tensor.fill_(value)
+        tensor.fill_(optimizer.state[holder]["step"])
 
 
 def _counts_in_ints(key: str, value: Any) -> bool:
@@ -160,13 +161,35 @@ def has_int_steps(optimizer: torch.optim.Optimizer) -> bool:
     return any(_counts_in_ints(k, v) for state in optimizer.state.values() for k, v in state.items())
 
 
-def hyper_parameters(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> list[dict[str, Any]]:
-    """Per group: its values and the FQNs they hold for."""
-    names: dict[int, list[str]] = {}
+class Lasting(Struct, frozen=True):
+    """What a record says of an optimizer that stays as it is while no tensor of its state is replaced: ``names`` by group, and whether
+    the state ``has_numbers`` that are no tensors."""
+
+    record: dict[str, Any]
+    names: dict[int, list[str]]
+    has_numbers: bool
+
+
+def lasting_record(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> Lasting:
+    names: dict[int, dict[str, None]] = {}
     for slot in slots:
-        names.setdefault(slot.group, []).append(slot.piece.name)
+        names.setdefault(slot.group, {})[slot.piece.name] = None
+    record = {
+        "optimizer": family(optimizer),
+        "optimizer_class": type(optimizer).__name__,
+        "int_steps": has_int_steps(optimizer),
+        "local_states": local_states(optimizer),
+        "flat": is_flat(slots),
+        "stateless": list(dict.fromkeys(slot.piece.name for slot in slots if not optimizer.state.get(slot.holder))),
+    }
+    has_numbers = any(not isinstance(value, torch.Tensor) for state in optimizer.state.values() for value in state.values())
+    return Lasting(record, {group: list(found) for group, found in names.items()}, has_numbers)
+
+
+def hyper_parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, list[str]]) -> list[dict[str, Any]]:
+    """Per group: its values and the FQNs they hold for, ``names``."""
     return [
-        {"params": list(dict.fromkeys(names.get(i, []))), "values": {k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
+        {"params": names.get(i, []), "values": {k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
         for i, group in enumerate(optimizer.param_groups)
     ]
 
