@@ -200,7 +200,7 @@ class Checkpointer:
         try:
             captured = self._capture(progress, metrics or {})
         except Exception as e:
-            self._saves.submit_failure(getattr(progress, "step", 0), e)
+            self._saves.submit_failure(progress.step if isinstance(progress.step, int) else 0, e)
             raise
         save = Save(
             step=captured.progress.step,
