@@ -1,6 +1,7 @@
 """What a save took, for logs and trackers."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,23 @@ from msgspec.structs import asdict
 from engine.errors import UsageError
 
 logger = logging.getLogger("engine")
+
+
+class Ticker:
+    """A line in the log now and then while bytes go by for long: that a save or a load is alive, and how fast."""
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, what: str) -> None:
+        self._what, self._began = what, time.monotonic()
+        self._told, self._bytes = self._began, 0
+
+    def add(self, size_bytes: int) -> None:
+        self._bytes += size_bytes
+        now = time.monotonic()
+        if now - self._told >= self.EVERY_SECONDS:
+            self._told = now
+            logger.info("%s: %.2f GB in %.0f s so far", self._what, self._bytes / 1e9, now - self._began)
 
 
 class SaveEvent(Struct, frozen=True):

@@ -43,7 +43,7 @@ class _Watched:
         except BlockingIOError:
             pass
         self._writer.write(data)
-        self._channel.send(Alive())
+        self._channel.send(Alive(len(data)))
 
     def close(self) -> None:
         self._writer.close()

@@ -134,7 +134,10 @@ def test_a_copy_that_overlaps_is_over_before_the_optimizer_changes_anything(tmp_
             while self.copies is not None and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-    monkeypatch.setattr(Copies, "start", Late)
+    def late(copies: Copies) -> Late:
+        return Late(copies)
+
+    monkeypatch.setattr(Copies, "start", late)
     module, optimizer = pair = made(0)
     checkpointer, before = Checkpointer(tmp_path, pair), values(*pair)
     checkpointer.save(Progress(step=1))
@@ -205,6 +208,17 @@ def test_events_go_to_whoever_listens_and_a_failing_one_costs_nothing(tmp_path, 
     assert "an event of the save of step 7 was not taken: RuntimeError('no network')" in caplog.text
     with pytest.raises(UsageError, match="events takes functions"):
         Checkpointer(tmp_path, pair, events=[3])
+
+
+def test_long_saves_and_loads_say_how_far_they_are(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("engine.events.Ticker.EVERY_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "engine")
+    checkpointer = Checkpointer(tmp_path, made(0))
+    checkpointer.save(Progress(step=1))
+    checkpointer.resume()
+    checkpointer.close()
+    assert "write step 1: 0.00 GB in 0 s so far" in caplog.text
+    assert f"reading {tmp_path}/step_00000001: 0.00 GB in 0 s so far" in caplog.text
 
 
 SCRIPT = """

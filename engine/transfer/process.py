@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import EngineError, StorageError, error_class
+from engine.events import Ticker
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import IndexEntry, Summary
 from engine.plan.image import ShardLayout
@@ -91,7 +92,9 @@ class Failed(Struct, tag=True):
 
 
 class Alive(Struct, tag=True):
-    """Sent while at work, so that a long write is not taken for a hang."""
+    """Sent while at work, so that a long write is not taken for a hang: so many bytes are written."""
+
+    size_bytes: int = 0
 
 
 class Log(Struct, tag=True):
@@ -165,8 +168,11 @@ class WriterProcess:
         """The answer's value. Raises what the process raised, with its traceback, or :class:`StorageError` if it died, or gave no sign
         of life for the timeout."""
         self._send(what, order)
+        ticker = Ticker(what)
         while True:
             answer = self._receive(what)
+            if isinstance(answer, Alive):
+                ticker.add(answer.size_bytes)
             if isinstance(answer, Done):
                 return answer.value
             if isinstance(answer, Failed):

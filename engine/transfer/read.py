@@ -8,6 +8,7 @@ import torch
 from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt
+from engine.events import Ticker
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, digest
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.manifest import Chunk, FileEntry
@@ -48,6 +49,7 @@ class Reads:
         self.stored = stored
         self.targets = [request.target for request in requests]
         self.rank, self.world_size = rank, world_size
+        self.ticker = Ticker(f"reading {stored.where}")
         self.homes = Homes(stored.manifest.summary.world_size, world_size)
         self.by_file: dict[File, list[Need]] = {}
         for i, request in enumerate(requests):
@@ -127,6 +129,7 @@ class FileReader:
         self._buffer = buffer
         self._bytes = bytes_of(buffer)
         self.bytes_read = 0
+        self._ticker = reads.ticker
 
     def __enter__(self) -> "FileReader":
         self._reader = self._open()
@@ -173,6 +176,7 @@ class FileReader:
                     return
                 self._reader.read_into(piece.offset, target)
                 self._verify(self._index.chunk(piece.chunk), piece, target)
+                self._ticker.add(piece.nbytes)
 
         if len(direct) < 2:
             read_some(0)
@@ -187,6 +191,7 @@ class FileReader:
         size_bytes = run[-1].offset + run[-1].nbytes - begin
         self._reader.read_into(begin, self._bytes[:size_bytes])
         self.bytes_read += size_bytes
+        self._ticker.add(size_bytes)
         chunk_of, data = self._index.chunk, self._bytes
         for piece in run:
             low, chunk = piece.offset - begin, chunk_of(piece.chunk)
