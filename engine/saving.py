@@ -173,7 +173,10 @@ class Saves:
                 self._changed.wait()
 
     def close(self) -> None:
+        """Every rank calls this, or ends; more than once is no error."""
         self.wait_idle()
+        if self._process is not None:
+            self._ranks.leave()
         self._stop()
         for image in self._images.values():
             image.close()

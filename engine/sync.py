@@ -127,6 +127,22 @@ class Ranks:
         detail = failure.message if issubclass(kind, EngineError) and kind.__name__ == failure.kind else failure.trace
         raise kind(f"{what}: rank {failure.rank} failed: {detail or failure.message}")
 
+    def leave(self, patience_seconds: float = 10.0) -> None:
+        """The last round, if all come to it within ``patience_seconds``: afterwards rank 0, whose process may host the store, knows that
+        every rank has read what was decided, and may end. Every rank may call this, once; it raises nothing."""
+        if self.world_size == 1 or self.store is None or self._broken:
+            return
+        self.timeout_seconds = min(self.timeout_seconds, patience_seconds)
+        try:
+            self.gather("leave", lambda: None)
+            deadline = time.monotonic() + patience_seconds
+            for key in [f"lockstep/{self._number}/{rank}" for rank in range(self.world_size)] if self.rank == 0 else []:
+                while self.store.check([key]) and time.monotonic() < deadline:  # who has read the decision deletes its report
+                    time.sleep(0.01)
+        except (EngineError, RuntimeError, OSError):
+            pass
+        self._broken = self._broken or "the ranks have left"
+
     def _report(self, what: str, report: _Report) -> str:
         """Opens the next round; returns its prefix in the store."""
         assert self.store is not None

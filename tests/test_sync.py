@@ -238,3 +238,38 @@ def test_one_rank_alone_needs_no_store():
     assert ranks.first("b", lambda: 4) == 4
     with pytest.raises(ZeroDivisionError):
         ranks.gather("d", lambda: 1 / 0)
+
+
+class Slow:
+    """A way to a store on which decisions take long to arrive."""
+
+    def __init__(self, store) -> None:
+        self._store = store
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def get(self, key):
+        time.sleep(0.4)
+        return self._store.get(key)
+
+
+def test_rank_0_whose_process_may_host_the_store_leaves_last(hash_store):
+    left = []
+
+    def act(ranks):
+        if ranks.rank == 3:
+            ranks.store = Slow(ranks.store)
+        ranks.leave()
+        left.append(ranks.rank)
+        with pytest.raises(PeerError, match="the ranks have left"):
+            ranks.gather("more", lambda: 1)
+
+    assert together(hash_store, act) == dict.fromkeys(range(WORLD))
+    assert left[-1] == 0
+
+
+def test_a_rank_does_not_wait_long_for_others_to_leave(hash_store):
+    began = time.monotonic()
+    assert together(hash_store, lambda ranks: ranks.leave(0.2), ranks=[0, 2]) == {0: None, 2: None}
+    assert time.monotonic() - began < 5
