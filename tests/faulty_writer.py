@@ -1,44 +1,98 @@
-"""A writer process with something wrong with it: ``python -m tests.faulty_writer FAULT FD``. The fault strikes when a file of step 2 is made.
+"""A writer process with a fault: ``python -m tests.faulty_writer ACTION CALLS AT FD``, in place of ``engine.writer``.
 
-``slow``: each write takes a while. ``raise``, ``full``: the storage refuses. ``die``: killed. ``hang``: never answers.
+CALLS are changes asked of the system, comma-separated, or ``all``; the fault is at the AT-th of them, for ``sleep`` at each one.
+What is asked is listed in the file that LOCKSTEP_CALLS names, where it is set. No torch.
 """
 
 import errno
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from engine import writer
 from engine.storage import local
+from engine.transfer import process
+
+ALL = ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "fsync", "write", "create", "exchange")
+SLEEP_SECONDS = 0.15
+LIMIT_BYTES = 2000
 
 
-def main(fault: str, fd: int) -> None:
-    real, write = local.LocalStorage.create, local._LocalWriter.write
+def command(action: str, calls: str = "all", at: int = 1) -> Sequence[str]:
+    """What :data:`engine.transfer.process.COMMAND` is set to."""
+    return (sys.executable, "-m", "tests.faulty_writer", action, calls, str(at))
 
-    def create(self: local.LocalStorage, path: str, size_bytes: int = 0) -> Any:
-        if "step_00000002" in path:
-            if fault == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif fault == "raise":
-                raise RuntimeError("the disk is on fire")
-            elif fault == "full":
-                with local._told("write", path):
-                    raise OSError(errno.ENOSPC, "No space left on device")
-            elif fault == "hang":
-                time.sleep(1000)
-        return real(self, path, size_bytes)
 
-    def slowly(self: local._LocalWriter, data: memoryview) -> None:
-        time.sleep(0.3)
-        write(self, data)
+def use(patch: Any, action: str, calls: str = "all", at: int = 1) -> None:
+    """For the writer processes that are started from now on."""
+    patch.setattr(process, "COMMAND", command(action, calls, at))
 
-    local.LocalStorage.create = create  # type: ignore[method-assign]
-    if fault == "slow":
-        local._LocalWriter.write = slowly  # type: ignore[method-assign]
-    writer.main(fd)
+
+def strike(action: str) -> None:
+    if action == "raise":
+        raise RuntimeError("the disk is on fire")
+    if action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if action == "fail":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    if action in ("orphan", "both"):
+        os.kill(os.getppid(), signal.SIGKILL)
+    if action in ("die", "both"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "hang":
+        time.sleep(1000)
+    if action == "sleep":
+        time.sleep(SLEEP_SECONDS)
+
+
+def install(action: str, calls: Sequence[str], at: int) -> None:
+    count, log = 0, os.environ.get("LOCKSTEP_CALLS")
+    real_write, real_open = os.write, os.open
+    out = real_open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if log else -1
+
+    def note(name: str) -> bool:
+        """Whether this is the one."""
+        nonlocal count
+        if name not in calls:
+            return False
+        count += 1
+        if out >= 0:
+            real_write(out, f"{name}\n".encode())
+        return count == at or action == "sleep"
+
+    def wrapped(name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if note(name):
+                strike(action)
+            return real(*args, **kwargs)
+
+        return call
+
+    def write(fd: int, data: Any) -> int:
+        if note("write"):
+            if action != "sleep":
+                real_write(fd, data[: len(data) // 2])  # torn
+            strike(action)
+        return real_write(fd, data)
+
+    def create(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT and note("create"):
+            strike(action)
+        return real_open(path, flags, *args, **kwargs)
+
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "fsync"):
+        setattr(os, name, wrapped(name, getattr(os, name)))
+    os.write, os.open = write, create  # type: ignore[assignment]
+    local._exchange = wrapped("exchange", local._exchange)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    action, calls, at, fd = sys.argv[1:]
+    if action == "limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
+    install(action, ALL if calls == "all" else calls.split(","), int(at))
+    writer.main(int(fd))
