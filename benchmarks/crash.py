@@ -44,7 +44,9 @@ def values(step: int) -> list[Any]:
     import torch
     from torch import nn
 
-    module = nn.ParameterList([nn.Parameter(torch.full((300, 7), float(step))), nn.Parameter(torch.full((5,), step + 0.5)), nn.Parameter(torch.ones(40))])
+    module = nn.ParameterList(
+        [nn.Parameter(torch.full((300, 7), float(step))), nn.Parameter(torch.full((5,), step + 0.5)), nn.Parameter(torch.ones(40))]
+    )
     module[2].requires_grad_(False)
     module.register_buffer("seen", torch.tensor(step))
     return [module]
@@ -70,7 +72,9 @@ def _rank(run: str, rank: int, notes: str, first: int, killed_in_writer: bool) -
         failed, pid = 0, checkpointer._saves._process.pid  # type: ignore[union-attr]
         for step in range(first, first + _STEPS):
             with torch.no_grad():
-                for live, value in zip([*module.parameters(), *module.buffers()], [*values(step)[0].parameters(), *values(step)[0].buffers()], strict=True):
+                for live, value in zip(
+                    [*module.parameters(), *module.buffers()], [*values(step)[0].parameters(), *values(step)[0].buffers()], strict=True
+                ):
                     live.copy_(value)
             file.write(f"begun {step}\n")
             try:

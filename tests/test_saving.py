@@ -271,7 +271,11 @@ def script(tmp_path, run, how) -> subprocess.Popen:
     path.write_text(SCRIPT)
     root = Path(__file__).parent.parent
     return subprocess.Popen(
-        [sys.executable, str(path), str(run), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, str(path), str(run), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
 
 
@@ -444,3 +448,36 @@ def test_steps_during_a_save_are_timed(tmp_path, made, monkeypatch):
     checkpointer.close()
     assert events[0].steps == 4
     assert 0.01 <= events[0].step_p50_seconds <= events[0].step_max_seconds
+
+
+def pair(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    module = torch.nn.Linear(8, 8)
+    return module, torch.optim.AdamW(module.parameters())
+
+
+def test_long_saves_and_loads_say_how_far_they_are(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("engine.events.Ticker.EVERY_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "engine")
+    checkpointer = Checkpointer(tmp_path, pair(0))
+    checkpointer.save(Progress(step=1))
+    checkpointer.resume()
+    checkpointer.close()
+    assert "write step 1: 0.00 GB in 0 s so far" in caplog.text
+    assert f"reading {tmp_path}/step_00000001: 0.00 GB in 0 s so far" in caplog.text
+
+
+def test_an_orphan_cannot_commit(tmp_path):
+    """Two jobs in one run's folder: the one that saved into it first has lost it."""
+    orphan, later = Checkpointer(tmp_path, pair(0)), Checkpointer(tmp_path, pair(1))
+    orphan.save(Progress(step=1))
+    orphan.wait()
+    later.save(Progress(step=2))
+    later.wait()
+    orphan.save(Progress(step=3))
+    with pytest.raises(StorageError, match=r"belongs to another job now .*this one may no longer save into it"):
+        orphan.wait()
+    later.save(Progress(step=4))
+    later.close()
+    assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["step_00000001", "step_00000002", "step_00000004"]
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
