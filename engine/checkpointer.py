@@ -196,9 +196,15 @@ class Checkpointer:
             self._defer(progress, metrics or {}, told)
             return ""
         self._deferred = None
+        try:
+            return self._save(progress, metrics or {})
+        finally:
+            self._count += 1  # also where it failed, which it may have on this rank alone
+
+    def _save(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         began = time.perf_counter()
         try:
-            captured = self._capture(progress, metrics or {})
+            captured = self._capture(progress, metrics)
         except Exception as e:
             self._saves.submit_failure(getattr(progress, "step", 0), e)
             raise
@@ -214,7 +220,6 @@ class Checkpointer:
         )
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.submit(save, plan, views, captured.stepped))
         progress.take(captured.progress)
-        self._count += 1
         save.blocked = time.perf_counter() - began
         return f"{self._storage.root}/{step_name(captured.progress.step)}"
 
