@@ -304,6 +304,20 @@ def test_a_teacher_that_is_replaced_once_is_saved_right(tmp_path):
     assert inodes(steps[3]) == inodes(steps[4])
 
 
+@pytest.mark.parametrize("behind", [0, 2])
+def test_what_a_resume_has_replaced_is_frozen_all_the_same(tmp_path, behind):
+    Run(tmp_path / "other", seed=7).go(range(1, 2))
+    run = Run(tmp_path / "run", behind=behind)
+    steps = run.go(range(1, 3))
+    run.checkpointer.resume(str(tmp_path / "other"))
+    steps += run.go(range(3, 9))
+    run.checkpointer.close()
+    for step in steps:
+        assert frozen_in(step) == FROZEN
+        assert_right(step, run.states[int(step.name[5:])])
+    assert len({tuple(inodes(step).items()) for step in steps[2:]}) == 1
+
+
 def test_a_model_without_an_optimizer_is_frozen_where_it_says_so(tmp_path):
     teacher = nn.Linear(WIDTH, WIDTH, bias=False)
     run = Run(tmp_path, teacher=teacher)
