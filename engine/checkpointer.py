@@ -166,6 +166,7 @@ class Checkpointer:
         self._described: tuple[list[Shard], tuple[LogicalTensor, ...]] = ([], ())
         self._changed: dict[int, set[str]] = {}
         self._restless: set[str] = set()
+        self._resumed_at = -1  # the count of the save that follows a resume
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
@@ -196,9 +197,15 @@ class Checkpointer:
             self._defer(progress, metrics or {}, told)
             return ""
         self._deferred = None
+        try:
+            return self._save(progress, metrics or {})
+        finally:
+            self._count += 1  # also where it failed, which it may have on this rank alone
+
+    def _save(self, progress: Progress, metrics: Mapping[str, float]) -> str:
         began = time.perf_counter()
         try:
-            captured = self._capture(progress, metrics or {})
+            captured = self._capture(progress, metrics)
         except Exception as e:
             self._saves.submit_failure(progress.step if isinstance(progress.step, int) else 0, e)
             raise
@@ -214,7 +221,6 @@ class Checkpointer:
         )
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.submit(save, plan, views, captured.stepped))
         progress.take(captured.progress)
-        self._count += 1
         save.blocked = time.perf_counter() - began
         return f"{self._storage.root}/{step_name(captured.progress.step)}"
 
@@ -283,8 +289,8 @@ class Checkpointer:
 
     def _note_changed(self, count: int, plan: _Plan, numbers: list[int]) -> None:
         """What was taken for frozen and was written anew is so no longer: an EMA, a teacher. From the save on before which all ranks must
-        have heard of it, so that they plan alike."""
-        if numbers:
+        have heard of it, so that they plan alike. What a resume has replaced is not meant."""
+        if numbers and count != self._resumed_at:
             self._changed[count] = {plan.listed[number].name for number in numbers}
 
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
@@ -411,7 +417,7 @@ class Checkpointer:
         except Exception as e:
             e.add_note(_PARTLY)
             raise
-        self._loaded, self._spoiled = (stored, load.stored_names), ""
+        self._loaded, self._spoiled, self._resumed_at = (stored, load.stored_names), "", self._count
         self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
         if self._max_in_flight:
             self.prepare()

@@ -264,8 +264,8 @@ def test_little_is_not_worth_a_file(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what changes though nobody trains it
 
 
-@pytest.mark.parametrize("behind", [0, 1, 2])
-def test_an_average_is_saved_right_at_every_step_and_leaves_the_frozen_files(tmp_path, behind):
+@pytest.mark.parametrize(("behind", "waits"), [(0, False), (1, True), (2, True), (2, False)])
+def test_an_average_is_saved_right_at_every_step_and_leaves_the_frozen_files(tmp_path, behind, waits):
     torch.manual_seed(3)
     average = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).requires_grad_(False)
     run = Run(tmp_path, behind=behind, ema=average)
@@ -278,6 +278,8 @@ def test_an_average_is_saved_right_at_every_step_and_leaves_the_frozen_files(tmp
                 p.data.mul_(0.9).add_(number * 0.1)
         assert [p._version for p in average.parameters()] == versions
         steps.append(run.save(number))
+        if waits:  # that it could be known earlier changes nothing: another rank may not know it
+            run.checkpointer.wait()
     run.checkpointer.close()
     for step in steps:
         assert_right(step, run.states[int(step.name[5:])])
@@ -300,6 +302,32 @@ def test_a_teacher_that_is_replaced_once_is_saved_right(tmp_path):
         assert_right(step, run.states[int(step.name[5:])])
     assert inodes(steps[1]) != inodes(steps[2])
     assert inodes(steps[3]) == inodes(steps[4])
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_what_a_resume_has_replaced_is_frozen_all_the_same(tmp_path, behind):
+    Run(tmp_path / "other", seed=7).go(range(1, 2))
+    run = Run(tmp_path / "run", behind=behind)
+    steps = run.go(range(1, 3))
+    run.checkpointer.resume(str(tmp_path / "other"))
+    steps += run.go(range(3, 9))
+    run.checkpointer.close()
+    for step in steps:
+        assert frozen_in(step) == FROZEN
+        assert_right(step, run.states[int(step.name[5:])])
+    assert len({tuple(inodes(step).items()) for step in steps[2:]}) == 1
+
+
+def test_a_model_without_an_optimizer_is_frozen_where_it_says_so(tmp_path):
+    teacher = nn.Linear(WIDTH, WIDTH, bias=False)
+    run = Run(tmp_path, teacher=teacher)
+    steps = run.go(range(1, 3))
+    for number, flag in [(3, False), (5, True)]:
+        teacher.requires_grad_(flag)
+        steps += run.go(range(number, number + 2))
+    assert ["teacher.model.weight" in frozen_in(step) for step in steps] == [False] * 2 + [True] * 2 + [False] * 2
+    for step in steps:
+        assert_right(step, run.states[int(step.name[5:])])
 
 
 def test_what_is_unfrozen_or_frozen_in_mid_run_changes_its_place(tmp_path):

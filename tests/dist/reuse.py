@@ -13,7 +13,7 @@ import torch.distributed as dist
 import engine as lockstep
 from engine import Progress
 from tests.dist import rows
-from tests.dist.jobs import moments, trained
+from tests.dist.jobs import moments, told, trained
 from tests.now import Checkpointer
 
 
@@ -88,3 +88,16 @@ def save_where_one_rank_cannot_link(run: str, failing: int) -> list[tuple[int, i
             with mock.patch.object(os, "link", refuse) if without else contextlib.nullcontext():
                 checkpointer.save(Progress(step=number))
     return [(event.size_bytes, event.reused_bytes) for event in events]
+
+
+def save_where_one_rank_fails_to_capture(run: str, failing: int) -> list[str]:
+    """At step 3, behind training, which goes on; an average is among what looks frozen. The error of each save on this rank."""
+    errors = []
+    with worth_it(), trained("fsdp2", ema=True) as made:
+        checkpointer = lockstep.Checkpointer(run, made.member, **made.members, on_failure="warn")
+        for number in range(1, 9):
+            made.step(number)
+            metrics: Any = {"loss": None if number == 3 and dist.get_rank() == failing else 1.0}
+            errors.append(told(lambda: checkpointer.save(Progress(step=number), metrics)))  # noqa: B023
+        checkpointer.close()
+    return errors

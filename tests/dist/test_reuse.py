@@ -128,6 +128,16 @@ def test_links_may_fail_on_one_rank_alone(pools: Pools, tmp_path):
     assert_sound(*steps_of(tmp_path))
 
 
+def test_after_one_rank_failed_the_ranks_still_agree_on_what_is_frozen(pools: Pools, tmp_path):
+    errors = pools[2].run(reuse.save_where_one_rank_fails_to_capture, str(tmp_path), 1)
+    assert not any(errors[0])
+    assert [bool(error) for error in errors[1]] == [number == 3 for number in range(1, 9)]
+    steps = steps_of(tmp_path)
+    assert [int(step.name[5:]) for step in steps] == [1, 2, 4, 5, 6, 7, 8]
+    assert_sound(*steps)
+    assert names_in(steps[-1], "frozen.*.safetensors") == {FROZEN, f"ema.{FROZEN}"}
+
+
 @pytest.mark.parametrize(("engine", "dtype"), [("ddp", "fp32"), ("zero1", "bf16"), ("zero3", "fp32"), ("fsdp2", "fp32")])
 def test_frozen_rows_are_linked_and_trainable_ones_beside_them_are_not(pools: Pools, tmp_path, engine, dtype):
     losses = pools[2].run(reuse.save_rows, engine, str(tmp_path), dtype)[0]
