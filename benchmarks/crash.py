@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.harness import Result, Row, main
 
 VICTIMS = ("rank 0", "rank 1", "writer 0", "writer 1", "all")
+PRELOAD = ["torch", "torch.distributed.checkpoint", "engine.checkpointer"]
 _STEPS = 400
 _LONGEST_SECONDS = 0.15  # from the first save on; a save takes some 10 ms
 _LAST_SECONDS = 5.0
@@ -52,7 +53,7 @@ def values(step: int) -> list[Any]:
     return [module]
 
 
-def _rank(run: str, rank: int, notes: str, first: int, killed_in_writer: bool) -> None:
+def _rank(run: str, rank: int, notes: str, first: int) -> None:
     """Saves step after step; notes what is begun, and what is committed."""
     import logging
 
@@ -127,7 +128,7 @@ def trial(context: Any, folder: str, number: int, chance: random.Random) -> Tria
     """One kill, in a run that goes on from trial to trial: what a kill leaves behind is where the next begins."""
     run, notes, victim = f"{folder}/run", f"{folder}/notes.{number}", VICTIMS[number % len(VICTIMS)]
     first = 1 + _STEPS * number
-    ranks = [context.Process(target=_rank, args=(run, rank, notes, first, victim.startswith("writer")), daemon=True) for rank in range(2)]
+    ranks = [context.Process(target=_rank, args=(run, rank, notes, first), daemon=True) for rank in range(2)]
     for rank in ranks:
         rank.start()
     try:
@@ -162,6 +163,7 @@ def trial(context: Any, folder: str, number: int, chance: random.Random) -> Tria
 
 
 def _check(run: str, committed: int, begun: set[int], first: int) -> tuple[tuple[int, str], bool]:
+    """The step that a resume comes back to, what is wrong, and whether a step told committed is lost."""
     import torch
 
     from engine import Checkpointer, catalog
@@ -199,7 +201,7 @@ def kills(count: int, seed: int = 0) -> list[Trial]:
     logging.getLogger("engine").setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
     context, chance, found = mp.get_context("forkserver"), random.Random(seed), []
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "engine.checkpointer"])
+    context.set_forkserver_preload(PRELOAD)
     folder = tempfile.mkdtemp(prefix="lockstep_crash_")
     try:
         last = 0
