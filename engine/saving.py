@@ -113,8 +113,7 @@ class Saves:
         """Stage, and let go; or write at once. ``late``: the names of tensors that only an optimizer's step changes."""
         self._number += 1
         save.attempt = attempt_name(step_name(save.step), self._settings.holder, self._number)
-        if self._plan is not plan:
-            self.lay_out(plan)
+        self.lay_out(plan)
         slot = self._free_slot(plan.layout)
         if slot is None:
             self._write_here(save, plan, views)
@@ -137,6 +136,8 @@ class Saves:
 
     def lay_out(self, plan: Plan) -> None:
         """From now on saves follow this plan: memory for one image of it is allocated, or found not to fit."""
+        if self._plan is plan:
+            return
         self.wait_idle()
         self._plan, self._told = plan, set()
         self._copies.clear()
