@@ -67,7 +67,8 @@ def test_the_figures_are_those_of_the_committed_results():
         f"saved {tiny['save_ratio_dcp']:.1f}× and loaded {tiny['load_ratio_dcp']:.1f}× as fast as with DCP's FileSystemWriter and Reader; "
         f"{tiny['disk_over_payload_tiny']:.2f} bytes on disk a byte of payload",
         f"of a save {memory['peak_save_over_shard']:.2f} × the rank's shard, of a load {memory['peak_load_over_run']:.2f} × the longest run it reads",
-        f"wait {stall['blocked_over_memcpy']:.2f} × one copy of the state, {stall['blocked_over_dcp_thread']:.2f} × what DCP's asynchronous save takes",
+        f"wait {stall['blocked_over_memcpy']:.2f} × one copy of the state, "
+        f"{stall['blocked_over_dcp_thread']:.2f} × what DCP's asynchronous save takes",
         f"a later save of an adapter run writes {incremental['later_bytes_over_trainable']:.3f} × what is trained",
         f"at most {reshard['worst_read_amplification']:.3f} × the bytes needed",
         f"a first plan takes a rank {scale['plan_seconds_4096']:.1f} s, the root manifest has {scale['root_mb_4096']:.1f} MB, a commit takes rank 0 "
