@@ -579,3 +579,17 @@ def test_forged_names_of_indexes_are_refused(tmp_path, saved, change):
         with pytest.raises(CheckpointCorrupt):
             StoredCheckpoint(LocalStorage(tmp_path), step.name)
     assert problems(step)
+
+
+def test_show_says_what_is_frozen(tmp_path, monkeypatch, capsys):
+    from engine.cli import main
+
+    monkeypatch.setattr("engine.plan.assign.FROZEN_BYTES", 1)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    Checkpointer(tmp_path, (model, torch.optim.SGD(model[1].parameters(), lr=0.1))).save(Progress(step=1))
+    assert main(["show", str(tmp_path)]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("model.")}
+    assert "frozen, whole, on rank 0" in told["model.0.weight"]
+    assert "frozen" not in told["model.1.weight"]

@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from engine.cli.target import locate
 from engine.cli.text import megabytes, moment, numbers, printable, table
 from engine.format.dtypes import ITEM_BYTES
-from engine.format.layout import REPLICATED, Absent, Grid, Layout, LogicalTensor, Part
+from engine.format.layout import REPLICATED, Absent, Grid, Layout, LogicalTensor, Part, shifted
 from engine.format.record import Array, Reference, decode_record
 from engine.state.boxes import holders, part_box
 from engine.transfer.stored import StoredCheckpoint
@@ -45,7 +46,7 @@ def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
         **_plain(msgspec.to_builtins(manifest.summary)),
         "record": _plain(record) if isinstance(record, dict) else {},
         "aliases": manifest.aliases,
-        "tensors": [_tensor(tensor) for tensor in manifest.tensors if fnmatchcase(tensor.name, pattern)],
+        "tensors": [_tensor(tensor, manifest.summary.world_size) for tensor in manifest.tensors if fnmatchcase(tensor.name, pattern)],
         "tensors_in_all": len(manifest.tensors),
         "ranks": ranks,
     }
@@ -68,35 +69,37 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, complex) else value
 
 
-def _tensor(tensor: LogicalTensor) -> dict[str, Any]:
+def _tensor(tensor: LogicalTensor, world_size: int) -> dict[str, Any]:
     stored = [part for part in tensor.parts if not isinstance(part.layout, Absent)]
     return {
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
-        "layout": _layouts(tensor, stored),
+        "layout": _layouts(tensor, stored, world_size),
         "absent": [_slices(tensor, part) for part in tensor.parts if isinstance(part.layout, Absent)],
         "stored_bytes": sum(part_box(tensor, part).numel for part in stored) * ITEM_BYTES[tensor.dtype],
     }
 
 
-def _layouts(tensor: LogicalTensor, stored: list[Part]) -> str:
+def _layouts(tensor: LogicalTensor, stored: list[Part], world_size: int) -> str:
     told = []
     for part in stored[:_SHOWN_PARTS]:
         place = f"{_slices(tensor, part)} " if part.sizes else ""
-        told.append(f"{place}{_layout(part.layout)}{f', kept as {part.narrow}' if part.narrow else ''}")
+        told.append(f"{place}{_layout(part.layout, world_size)}{f', kept as {part.narrow}' if part.narrow else ''}")
     return "; ".join(told) + (f"; and {len(stored) - _SHOWN_PARTS} more parts" if len(stored) > _SHOWN_PARTS else "")
 
 
-def _layout(layout: Layout) -> str:
+def _layout(layout: Layout, world_size: int) -> str:
     assert not isinstance(layout, Absent)
-    ranks = layout.mesh.size
+    ranks, first = layout.mesh.size, layout.mesh.rank_at(0)
+    if first >= world_size:  # further writers
+        return f"frozen, {_layout(replace(layout, mesh=shifted(layout.mesh, -world_size)), world_size)}"
     if not isinstance(layout, Grid):
         return f"flat over {ranks} ranks, {layout.chunk} elements each, from {layout.start}"
     cuts = [f"dim {dim} in {count}" for dim, count in zip(layout.dims, layout.mesh.shape, strict=True) if dim != REPLICATED and count > 1]
     copies = holders(layout)
     if not cuts:
-        return f"whole, on {ranks} ranks" if ranks > 1 else f"whole, on rank {layout.mesh.rank_at(0)}"
+        return f"whole, on {ranks} ranks" if ranks > 1 else f"whole, on rank {first}"
     return ", ".join(cuts) + (f", on {copies} ranks each" if copies > 1 else "")
 
 
