@@ -188,41 +188,42 @@ class Checkpointer:
         ``progress.best``.
 
         Every rank calls this. Inside DeepSpeed's gradient accumulation the save is deferred to its boundary, and returns "". A save
-        that fails raises at the next call, on all ranks; what was committed before stays as it was, and the new step is not visible,
-        unless the failure came after its rename (moving ``latest``), which the message then says. A step that exists is replaced. Then
-        steps that retention does not keep are deleted. Another rank's error is raised as this one's.
+        that fails behind training raises at the next call, on all ranks; if that is a save, then after it has been handed over all the
+        same. What was committed before stays as it was, and the new step is not visible, unless the failure came after its rename
+        (moving ``latest``), which the message then says. A step that exists is replaced. Then steps that retention does not keep are
+        deleted. Another rank's error is raised as this one's.
         """
-        self._saves.check()
         if told := self._members.pending():
             self._defer(progress, metrics or {}, told)
-            return ""
-        self._deferred = None
-        try:
-            return self._save(progress, metrics or {})
-        finally:
-            self._count += 1  # also where it failed, which it may have on this rank alone
+            name = ""
+        else:
+            self._deferred = None
+            name = self._save(progress, metrics or {})
+        self._saves.check()  # last: others may not have heard yet of what this raises, and have one save more than this rank
+        return name
 
     def _save(self, progress: Progress, metrics: Mapping[str, float]) -> str:
-        began = time.perf_counter()
+        save = Save(progress.step if isinstance(progress.step, int) else 0, time.perf_counter())
         try:
-            captured = self._capture(progress, metrics)
-        except Exception as e:
-            self._saves.submit_failure(progress.step if isinstance(progress.step, int) else 0, e)
-            raise
-        save = Save(
-            step=captured.progress.step,
-            record=captured.own_record,
-            alike=captured.alike,
-            shared=captured.digests,
-            manifest=lambda attempt, indexes, size_bytes: self._manifest(captured, attempt, indexes, size_bytes),
-            on_change=partial(self._note_changed, self._count, captured.plan),
-            before_commit=lambda: write_run_file(self._storage, self._config, captured.progress.wandb_run_id),
-            began=began,
-        )
-        self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.submit(save, plan, views, captured.stepped))
-        progress.take(captured.progress)
-        save.blocked = time.perf_counter() - began
-        return f"{self._storage.root}/{step_name(captured.progress.step)}"
+            saved = self._stage(save, progress, metrics)
+        except BaseException as e:  # noqa: BLE001 - told to all ranks, then raised
+            saved, save.failure = progress, e
+        self._count += 1
+        self._saves.submit(save)
+        if save.failure is not None:
+            raise save.failure
+        progress.take(saved)
+        save.blocked = time.perf_counter() - save.began
+        return f"{self._storage.root}/{step_name(save.step)}"
+
+    def _stage(self, save: Save, progress: Progress, metrics: Mapping[str, float]) -> Progress:
+        captured = self._capture(progress, metrics)
+        save.record, save.alike, save.shared = captured.own_record, captured.alike, captured.digests
+        save.manifest = partial(self._manifest, captured)
+        save.on_change = partial(self._note_changed, self._count, captured.plan)
+        save.before_commit = partial(write_run_file, self._storage, self._config, captured.progress.wandb_run_id)
+        self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.stage(save, plan, views, captured.stepped))
+        return captured.progress
 
     @_collector_paused()
     def prepare(self) -> None:
@@ -420,7 +421,7 @@ class Checkpointer:
         self._loaded, self._spoiled, self._resumed_at = (stored, load.stored_names), "", self._count
         self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
         if self._max_in_flight:
-            self.prepare()
+            ranks.gather("prepare to save", self.prepare)
         if ranks.rank == 0:
             load.tell(self._config, bytes_read, time.perf_counter() - began)
         return load.progress

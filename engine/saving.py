@@ -7,6 +7,7 @@ compares, commits, and its decision is every rank's outcome. No collective of a 
 import atexit
 import contextlib
 import logging
+import os
 import statistics
 import threading
 import time
@@ -20,7 +21,7 @@ import msgspec
 import torch
 
 from engine.catalog import Retention
-from engine.errors import EngineError, PeerError
+from engine.errors import PeerError
 from engine.events import SaveEvent, Sink, emit
 from engine.format.manifest import IndexEntry, Manifest, Summary
 from engine.format.names import attempt_name, step_name
@@ -28,7 +29,7 @@ from engine.plan.image import ShardLayout
 from engine.storage import Storage
 from engine.sync import Ranks, compare
 from engine.transfer import replicas
-from engine.transfer.process import Abort, Commit, Plan, Settings, UseImage, Write, WriterProcess
+from engine.transfer.process import Abort, Commit, Plan, Settings, Tidy, UseImage, Write, WriterProcess
 from engine.transfer.stage import LiveImages
 from engine.transfer.staging import Copies, Pending, StagingImage, fits_memory, image_bytes
 from engine.transfer.write import Written
@@ -39,19 +40,25 @@ logger = logging.getLogger("engine")
 OnFailure = Literal["raise", "warn"]
 
 
+def _no_manifest(*_: Any) -> Manifest:
+    raise PeerError("a rank reported a save that it could not begin")
+
+
 @dataclass
 class Save:
     """One save under way. ``alike``: what must be the same on all ranks; ``shared``: digests of replicated tensors; ``manifest``: the
-    step's, once all ranks have written (rank 0's word counts); ``on_change`` hears of frozen tensors that have changed. ``attempt`` and what follows
-    are set as the save proceeds."""
+    step's, once all ranks have written (rank 0's word counts); ``on_change`` hears of frozen tensors that have changed; ``failure``: why
+    this rank could not begin it. ``attempt`` and what follows are set as the save proceeds."""
 
     step: int
-    record: bytes
-    alike: dict[str, Any]
-    shared: replicas.Digests
-    manifest: Callable[[str, Sequence[IndexEntry], int], Manifest]
-    before_commit: Callable[[], None]
+    began: float
+    record: bytes = b""
+    alike: dict[str, Any] = field(default_factory=dict)
+    shared: replicas.Digests = field(default_factory=replicas.Digests)
+    manifest: Callable[[str, Sequence[IndexEntry], int], Manifest] = _no_manifest
+    before_commit: Callable[[], None] = lambda: None
     on_change: Callable[[list[int]], None] = lambda _: None
+    failure: BaseException | None = None
     attempt: str = ""
     write: Callable[[], Written] | None = None
     commit: Callable[[Manifest], None] | None = None
@@ -59,8 +66,6 @@ class Save:
     abort: Callable[[], None] | None = None
     slot: int = -1
     pending: Pending | None = None
-    failure: BaseException | None = None
-    began: float = 0.0
     blocked: float = 0.0
     staged: float = 0.0
     written: float = 0.0
@@ -96,6 +101,7 @@ class Saves:
         self._thread: threading.Thread | None = None
         self._failures: list[BaseException] = []
         self._stop = lambda: None
+        self._owner = os.getpid()
         if max_in_flight:
             self._start_process()
         _open.add(self)
@@ -109,30 +115,38 @@ class Saves:
         if failure is not None:
             raise failure
 
-    def submit(self, save: Save, plan: Plan, views: list[torch.Tensor], late: frozenset[str]) -> None:
-        """Stage, and let go; or write at once. ``late``: the names of tensors that only an optimizer's step changes."""
-        self._number += 1
-        save.attempt = attempt_name(step_name(save.step), self._settings.holder, self._number)
+    def stage(self, save: Save, plan: Plan, views: list[torch.Tensor], late: frozenset[str]) -> None:
+        """Copy the state, or get ready to write it from where it lies. ``late``: the names of tensors that only an optimizer's step
+        changes."""
         self.lay_out(plan)
         slot = self._free_slot(plan.layout)
         if slot is None:
-            self._write_here(save, plan, views)
+            images = LiveImages(plan.layout, views)
+            save.write = lambda: self._scribe.write(save.attempt, plan.layout, images, save.record, self.committed)
+            save.commit = lambda manifest: self._scribe.commit(save.attempt, manifest)
+            save.tidy = self._scribe.tidy
+            save.abort = lambda: self._scribe.abort(save.attempt)
             return
-        save.slot, save.pending = slot, self._copies_into(slot, plan.layout, views, late).start()
+        save.pending = self._copies_into(slot, plan.layout, views, late).start()
         save.write, save.commit = lambda: self._ask_write(save), lambda manifest: self._ask_commit(save, manifest)
+        save.tidy = lambda summary: self._running().ask(f"clear up after step {save.step}", Tidy(summary))
         save.abort = lambda: self._running().ask("abort", Abort(save.attempt))
-        self._fly(save)
+        save.slot = slot
 
-    def submit_failure(self, step: int, error: BaseException) -> None:
-        """This rank could not capture its state: all ranks hear of it. The caller raises the error."""
+    def submit(self, save: Save) -> None:
+        """Let go of what is staged; what is not is written, or told to the other ranks as this one's failure, before this returns. Every
+        rank submits every save, also one that failed here before it began: ranks count them alike."""
         self._number += 1
-        failed = Save(step, b"", {}, replicas.Digests(), _no_manifest, lambda: None, failure=error, began=time.perf_counter())
-        if self._streams:
-            self.wait_idle()
-            with contextlib.suppress(Exception):
-                self._carry_out(failed)
-        else:
-            self._fly(failed)
+        save.attempt = attempt_name(step_name(save.step), self._settings.holder, self._number)
+        if save.slot >= 0:
+            self._fly(save)
+            return
+        self.wait_idle()
+        try:
+            self._carry_out(save)
+        except BaseException:
+            if save.failure is None:
+                raise
 
     def lay_out(self, plan: Plan) -> None:
         """From now on saves follow this plan: memory for one image of it is allocated, or found not to fit."""
@@ -174,7 +188,9 @@ class Saves:
                 self._changed.wait()
 
     def close(self) -> None:
-        """Every rank calls this, or ends; more than once is no error."""
+        """Every rank calls this, or ends; more than once is no error. In a fork of the process that made this it does nothing."""
+        if os.getpid() != self._owner:
+            return
         self.wait_idle()
         if self._process is not None:
             self._ranks.leave()
@@ -253,7 +269,7 @@ class Saves:
                 failure = e
             with self._changed:
                 self._flying.popleft()
-                if failure is not None and save.failure is None:
+                if failure is not None:
                     failure.add_note(f"The save of step {save.step} failed, behind training; what was committed before is as it was")
                     if self._on_failure == "raise":
                         self._failures.append(failure)
@@ -264,14 +280,6 @@ class Saves:
                 self._changed.notify_all()
                 if self._thread is None:
                     return
-
-    def _write_here(self, save: Save, plan: Plan, views: list[torch.Tensor]) -> None:
-        images = LiveImages(plan.layout, views)
-        save.write = lambda: self._scribe.write(save.attempt, plan.layout, images, save.record, self.committed)
-        save.commit = lambda manifest: self._scribe.commit(save.attempt, manifest)
-        save.tidy = self._scribe.tidy
-        save.abort = lambda: self._scribe.abort(save.attempt)
-        self._carry_out(save)
 
     def _carry_out(self, save: Save) -> None:
         what = f"save {step_name(save.step)}"
@@ -284,12 +292,15 @@ class Saves:
             save.on_change(decided["changed"])
         except BaseException:
             if self._ranks.rank == 0 and save.abort is not None:
-                with contextlib.suppress(EngineError):
+                with contextlib.suppress(Exception):  # what is left is swept by the next save's
                     save.abort()
             raise
-        if save.tidy is not None and summaries:
-            save.tidy(summaries[0])
         emit(self._event(save), self._sinks)
+        if save.tidy is not None and summaries:
+            try:
+                save.tidy(summaries[0])
+            except Exception as e:  # noqa: BLE001 - the checkpoint is safe; the next save clears up
+                logger.warning("clearing up after step %d: %s", save.step, e)
 
     def _write(self, save: Save) -> dict[str, Any]:
         if save.failure is not None:
@@ -348,10 +359,6 @@ class Saves:
             step_p99_seconds=min(slow, max(times, default=0.0)),
             step_max_seconds=max(times, default=0.0),
         )
-
-
-def _no_manifest(*_: Any) -> Manifest:
-    raise PeerError("a rank reported a save that it could not begin")
 
 
 def watch_steps(optimizers: Sequence[torch.optim.Optimizer], saves: Saves) -> None:

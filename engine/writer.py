@@ -22,7 +22,7 @@ from engine.format.names import step_name
 from engine.plan.image import ShardLayout
 from engine.storage import LocalStorage, Storage, Writer
 from engine.transfer.commit import abort_attempt, commit_attempt
-from engine.transfer.process import Abort, Alive, Channel, Commit, Done, Failed, Log, Order, Plan, Settings, UseImage, Write
+from engine.transfer.process import Abort, Alive, Channel, Commit, Done, Failed, Log, Order, Plan, Settings, Tidy, UseImage, Write
 from engine.transfer.write import Images, MemoryImages, Written, places, write_shards
 
 REWRITE_AFTER = 20
@@ -153,18 +153,18 @@ class Server:
         finally:
             os.close(fd)
 
-    def _answer(self, order: Write | Commit | Abort) -> None:
+    def _answer(self, order: Write | Commit | Tidy | Abort) -> None:
         try:
             answer = Done(self._carry_out(order))
         except Exception as e:  # noqa: BLE001 - whatever it is, the trainer must hear of it
             answer = Failed(type(e).__name__, str(e), traceback.format_exc())
         self._channel.send(answer)
-        if isinstance(order, Commit) and isinstance(answer, Done):
-            self._scribe.tidy(order.summary)
 
-    def _carry_out(self, order: Write | Commit | Abort) -> Written | None:
+    def _carry_out(self, order: Write | Commit | Tidy | Abort) -> Written | None:
         if isinstance(order, Abort):
             return self._scribe.abort(order.attempt)
+        if isinstance(order, Tidy):
+            return self._scribe.tidy(order.summary)
         plan = self._plan
         assert plan is not None
         if isinstance(order, Commit):

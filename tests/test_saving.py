@@ -199,26 +199,39 @@ def test_a_writers_failure_is_told_at_the_next_call_and_saves_go_on(tmp_path, mo
     pid, before = writer_of(checkpointer).pid, seen(made)
     change(made)
     checkpointer.save(Progress(step=2))
-    if hears == "save":
+    heir = 1
+    if hears == "save":  # which is saved all the same
         checkpointer._saves.wait_idle()
+        heir = 3
+        if name == "file size":
+            writer_of(checkpointer).kill()
     with pytest.raises(StorageError, match=message) as raised:
-        checkpointer.wait() if hears == "wait" else checkpointer.save(Progress(step=2))
+        checkpointer.wait() if hears == "wait" else checkpointer.save(Progress(step=3))
     assert any("The save of step 2 failed, behind training" in note for note in raised.value.__notes__)
-    assert numbers(tmp_path) == [1]
-    assert latest(tmp_path) == "step_00000001"
+    checkpointer.wait()  # told once
+    assert numbers(tmp_path) == sorted({1, heir})
+    assert latest(tmp_path) == f"step_{heir:08d}"
     model = tiny.make(seed=9, width=40)
     now.Checkpointer(tmp_path / "elsewhere", model).resume(str(tmp_path / "step_00000001"))
     assert tiny.same(tiny.state(model), before[:2])
-    checkpointer.wait()  # told once
-    if name == "file size":
+    if name == "file size" and hears == "wait":
         writer_of(checkpointer).kill()  # it is well, and its limit stays
-    for step in (3, 4):
+    for step in (4, 5):
         checkpointer.save(Progress(step=step))
     checkpointer.wait()
-    assert numbers(tmp_path) == [1, 3, 4]
+    assert numbers(tmp_path) == sorted({1, heir, 4, 5})
     assert (writer_of(checkpointer).pid != pid) == (name in ("killed", "hangs", "file size"))
     checkpointer.close()
     assert not [entry for entry in os.listdir(tmp_path) if entry.startswith(".step")]
+
+
+@pytest.mark.parametrize("order", [process.Write(0, "attempt", bytes(10_000_000), ""), process.Abort("attempt")], ids=["large", "small"])
+def test_a_writer_that_reads_nothing_is_killed_after_the_timeout(tmp_path, monkeypatch, order):
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", "import time; time.sleep(1000)"))
+    writer = process.WriterProcess(process.Settings(str(tmp_path), 0, "holder", (None, None, None)), timeout_seconds=1)
+    with pytest.raises(StorageError, match="gave no sign of life for 1 s and was killed"):
+        writer.ask("write", order)
+    assert not writer.is_alive
 
 
 def test_both_saves_in_flight_fail_with_their_writer_or_go_on_with_a_new_one(tmp_path, made, monkeypatch):
@@ -261,6 +274,11 @@ for step in (1, 2):
 print(checkpointer._saves._process.pid, flush=True)
 if how == "sleeps":
     time.sleep(60)
+if how == "forks":
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)  # with what is registered for the end of an interpreter
+    assert os.waitpid(child, 0)[1] == 0
 if how == "raises":
     raise RuntimeError("training went wrong")
 """
@@ -293,7 +311,7 @@ def gone(pid: int, within_seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("how", ["ends", "raises"])
+@pytest.mark.parametrize("how", ["ends", "raises", "forks"])
 def test_an_end_of_the_interpreter_loses_no_save_in_flight(tmp_path, how):
     trainer = script(tmp_path, tmp_path / "run", how)
     out, err = trainer.communicate(timeout=60)

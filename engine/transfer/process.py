@@ -74,11 +74,17 @@ class Commit(Struct, tag=True):
     record: bytes
 
 
+class Tidy(Struct, tag=True):
+    """After a commit: ``best``, and what retention does not keep; rank 0's writer only."""
+
+    summary: Summary
+
+
 class Abort(Struct, tag=True):
     attempt: str
 
 
-Order = Settings | Plan | UseImage | Write | Commit | Abort
+Order = Settings | Plan | UseImage | Write | Commit | Tidy | Abort
 
 
 class Done(Struct, tag=True):
@@ -145,6 +151,7 @@ class WriterProcess:
     def __init__(self, settings: Settings, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
         ours, theirs = socket.socketpair()
+        ours.settimeout(timeout_seconds)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (_package_root(), os.environ.get("PYTHONPATH")) if path)}
         self._process = subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
@@ -200,6 +207,8 @@ class WriterProcess:
     def _send(self, what: str, order: Struct, fd: int | None = None) -> None:
         try:
             self._channel.send(order, fd)
+        except TimeoutError:
+            raise self._hang(what) from None
         except OSError:
             raise self._death(what) from None
 
@@ -208,14 +217,19 @@ class WriterProcess:
         try:
             while not select.select([self._channel.socket], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
                 if time.monotonic() >= deadline:
-                    self.kill()
-                    raise StorageError(
-                        f"{what}: the writer process {self.pid} gave no sign of life for {self._timeout_seconds:.0f} s and was killed. The storage "
-                        "may hang (see the system log). Checkpoints committed before are untouched"
-                    )
+                    raise TimeoutError
             return self._channel.receive(Answer)
+        except TimeoutError:
+            raise self._hang(what) from None
         except (EOFError, OSError):
             raise self._death(what) from None
+
+    def _hang(self, what: str) -> StorageError:
+        self.kill()
+        return StorageError(
+            f"{what}: the writer process {self.pid} gave no sign of life for {self._timeout_seconds:.0f} s and was killed. The storage "
+            "may hang (see the system log). Checkpoints committed before are untouched"
+        )
 
     def _death(self, what: str) -> StorageError:
         try:

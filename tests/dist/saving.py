@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -108,12 +109,45 @@ def lose_a_writer(run: str) -> tuple[str, list[str]]:
         return error, sorted(name for name in os.listdir(run) if "step_" in name)
 
 
-def one_rank_cannot_capture(run: str) -> tuple[str, float]:
+def hear_at_other_times(run: str) -> tuple[list[str], list[str]]:
+    """The save of step 2 fails on rank 1. Rank 0 hears of it at the save of step 3, rank 1 when it waits after that."""
+    with trained("fsdp2", steps=1) as made:
+        checkpointer = Checkpointer(run, made.member, timeout_seconds=20)
+        checkpointer.save(Progress(step=1))
+        checkpointer.wait()
+        if dist.get_rank() == 1:
+            checkpointer._saves._process.kill()  # type: ignore[union-attr]
+            with mock.patch.object(checkpointer._saves, "_running", lambda: checkpointer._saves._process):
+                checkpointer.save(Progress(step=2))
+                checkpointer._saves.wait_idle()
+        else:
+            checkpointer.save(Progress(step=2))
+            checkpointer._saves.wait_idle()
+        late = mock.patch.object(checkpointer._saves, "check") if dist.get_rank() == 1 else contextlib.nullcontext()
+        with late:
+            errors = [told(lambda: checkpointer.save(Progress(step=3)))]
+        errors.append(told(checkpointer.wait))
+        checkpointer.save(Progress(step=4))
+        checkpointer.close()
+        return errors, sorted(name for name in os.listdir(run) if "step_" in name)
+
+
+def one_rank_cannot_save(run: str, why: str) -> tuple[str, float, list[str]]:
+    """Rank 1 fails before anything of step 2 is written, in the trainer."""
     with trained("fsdp2", steps=1) as made:
         checkpointer = Checkpointer(run, made.member, timeout_seconds=30)
+        checkpointer.save(Progress(step=1))
         began = time.perf_counter()
-        error = told(lambda: checkpointer.save(Progress(step="two" if dist.get_rank() == 1 else 2)))  # type: ignore[arg-type]
+        step: Any = 2
+        fault: Any = contextlib.nullcontext()
+        if dist.get_rank() == 1:
+            step = "two" if why == "captured" else 2
+            if why == "staged":
+                fault = mock.patch.object(Copies, "start", side_effect=ValueError("progress takes whole numbers and memory"))
+        with fault:
+            error = told(lambda: checkpointer.save(Progress(step=step)))
         error = error or told(checkpointer.wait)
         seconds = time.perf_counter() - began
+        checkpointer.save(Progress(step=3))
         checkpointer.close()
-        return error, seconds
+        return error, seconds, sorted(name for name in os.listdir(run) if "step_" in name)

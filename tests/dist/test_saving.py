@@ -34,8 +34,19 @@ def test_a_killed_writer_is_every_ranks_error_and_is_replaced(pools: Pools, tmp_
         assert steps == ["step_00000001", "step_00000003"]
 
 
-def test_a_rank_that_cannot_capture_its_state_fails_the_save_of_all_at_once(pools: Pools, tmp_path):
-    found = pools[2].run(saving.one_rank_cannot_capture, str(tmp_path))
-    assert all("progress takes whole numbers" in error for error, _ in found)
+def test_ranks_stay_in_step_where_they_hear_of_a_failure_at_other_times(pools: Pools, tmp_path):
+    found = pools[2].run(saving.hear_at_other_times, str(tmp_path))
+    (at_save, at_wait), (late, later) = [errors for errors, _ in found]
+    assert "rank 1 failed: write step 2: the writer process" in at_save
+    assert "write step 2: the writer process" in later
+    assert (at_wait, late) == ("", "")
+    assert [steps for _, steps in found] == [["step_00000001", "step_00000003", "step_00000004"]] * 2
+
+
+@pytest.mark.parametrize("why", ["captured", "staged"])
+def test_a_rank_that_cannot_save_its_state_fails_the_save_of_all_at_once(pools: Pools, tmp_path, why):
+    found = pools[2].run(saving.one_rank_cannot_save, str(tmp_path), why)
+    assert all("progress takes whole numbers" in error for error, *_ in found)
     assert "rank 1 failed" in found[0][0]
-    assert max(seconds for _, seconds in found) < 10
+    assert max(seconds for _, seconds, _ in found) < 10
+    assert [steps for *_, steps in found] == [["step_00000001", "step_00000003"]] * 2
