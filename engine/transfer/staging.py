@@ -3,7 +3,7 @@
 import logging
 import mmap
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -58,22 +58,28 @@ def fits_memory(size_bytes: int) -> bool:
     return size_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= _SHARE_OF_FREE_MEMORY * _free_bytes()
 
 
-def _free_bytes() -> int:
+def _free_bytes(root: str = "/") -> int:
     found = [os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE]
-    for line in _read("/proc/meminfo").splitlines():
+    for line in _read(f"{root}proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             found = [int(line.split()[1]) * 1024]
-    for folder, limit, used in _CGROUPS:
+    for folder, limit, used in _control_groups(root):
         most, now = _read(f"{folder}/{limit}").strip(), _read(f"{folder}/{used}").strip()
         if most.isdigit() and now.isdigit():
             found.append(int(most) - int(now) + _reclaimable(f"{folder}/memory.stat"))
     return max(0, min(found))
 
 
-_CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
+def _control_groups(root: str) -> Iterator[tuple[str, str, str]]:
+    """This process's groups, each up to the root, since every one may have a limit: folder, and the files of limit and use. Inside a
+    container the path may be the host's, of which only the root is to be seen."""
+    for line in _read(f"{root}proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        base, limit, used = ("", "memory.max", "memory.current") if not controllers else ("/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+        if not controllers or "memory" in controllers.split(","):
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for count in range(len(parts), -1, -1):
+                yield "/".join([f"{root}sys/fs/cgroup{base}", *parts[:count]]), limit, used
 
 
 def _reclaimable(path: str) -> int:
