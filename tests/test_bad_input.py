@@ -247,6 +247,36 @@ def test_state_that_no_record_holds(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("how", ["replaced", "added", "removed", "in another module"])
+def test_parameters_that_are_others_than_at_the_start(tmp_path, how):
+    module, optimizer = make()
+    checkpointer = Checkpointer(tmp_path, (module, optimizer))
+    checkpointer.save(Progress(step=1))
+    name = "0.weight"
+    if how == "replaced":
+        module[0].weight = nn.Parameter(torch.zeros_like(module[0].weight))
+    elif how == "added":
+        module[0].extra, name = nn.Parameter(torch.zeros(3)), "0.extra"
+    elif how == "removed":
+        del module[0].weight
+    else:
+        module[0] = nn.Linear(module[0].in_features, module[0].out_features)
+    with pytest.raises(UsageError, match=rf"the module's parameters are others than when the Checkpointer was made: {name}"):
+        checkpointer.save(Progress(step=2))
+    assert sorted(path for path in os.listdir(tmp_path) if "step_" in path) == ["step_00000001"]
+
+
+def test_a_wrapper_put_around_a_layer_later_changes_nothing(tmp_path):
+    module, optimizer = make()
+    checkpointer = Checkpointer(tmp_path, (module, optimizer))
+    checkpointer.save(Progress(step=1))
+    module[0] = nn.Sequential(module[0])
+    for step in (2, 3):
+        checkpointer.save(Progress(step=step))
+    checkpointer.resume()
+    assert checkpointer.max_difference() == 0.0
+
+
 def test_a_run_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=rf"cannot create folder {tmp_path}/file/run: .*give the path of a run folder"):

@@ -84,6 +84,7 @@ class Member:
     def capture(self) -> "Captured":
         """As :meth:`shards`, for a save. The last answer serves while every tensor lies where it lay: enumerating 10,000 of them
         takes longer than looking whether any has moved."""
+        self.adapter.names.check()
         where = self._whereabouts()
         if self._captured is None or self._captured.where != where:
             slots, others = self._slots(), self._others()
@@ -104,8 +105,8 @@ class Member:
         return self._captured
 
     def _whereabouts(self) -> list[int]:
-        """Changes when any live tensor is replaced, added or removed, or begins or ceases to be trained. What was captured keeps its
-        memory, so that nothing new can lie in the place of something old."""
+        """Changes when any live tensor moves, when the optimizer's are replaced, added or removed, and when one begins or ceases to be
+        trained. What was captured keeps its memory, so that nothing new can lie in the place of something old."""
         a = self.adapter
         live: list[Any] = [getattr(p, "ds_tensor", p) for p in a.names.parameters.values()]
         flags = [p.requires_grad for p in a.names.parameters.values()]

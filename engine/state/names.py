@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from engine.errors import LayoutError, UsageError
 from engine.state.parts import Place, expert_place, local_experts, row_places
@@ -76,6 +77,28 @@ class Names:
                 else:
                     seen[id(buffer)] = name
                     self.buffers[name] = raw
+        self._module = module
+        self._look()
+
+    def check(self) -> None:
+        """Raises :class:`UsageError` where the module has other parameters than when this was made: what is gone would be saved, and what
+        is new would not. FSDP2 puts others in their place itself, for a while: those are not asked for."""
+        if self._held == [id(inner) for held in self._holders for inner in held.values()]:
+            return
+        present = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        sharded = [name for name, parameter in self.parameters.items() if isinstance(parameter, DTensor)]
+        lost = [name for name, parameter in self.parameters.items() if id(parameter) not in present and name not in sharded]
+        new = [] if sharded else [name for number, name in present.items() if number not in self._of]
+        if lost or new:
+            raise UsageError(
+                f"the module's parameters are others than when the Checkpointer was made: {', '.join((lost + new)[:8])}. Change values in place, or "
+                "make a new Checkpointer after replacing parameters, adding or removing them"
+            )
+        self._look()
+
+    def _look(self) -> None:
+        self._holders = [held for owner in self._module.modules() for held in (owner._parameters, owner._modules)]
+        self._held = [id(inner) for held in self._holders for inner in held.values()]
 
     def _find_rows(self, module: nn.Module, peft: bool) -> None:
         """Rows that a module declares, where they are tied to another module's rows as an alias of the whole."""
