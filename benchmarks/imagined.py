@@ -17,7 +17,6 @@ import torch
 from msgspec import Struct
 
 from engine import dcp
-from engine.checkpointer import _make_plan, _Plan
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.layout import REPLICATED, Flat, Grid, Layout, LogicalTensor, Mesh, Part
 from engine.format.manifest import MANIFEST, IndexEntry, Line, Manifest, Summary
@@ -27,6 +26,7 @@ from engine.plan import reads
 from engine.plan.image import Image, ShardLayout
 from engine.plan.match import Allow, match
 from engine.plan.reads import Need, runs, slices
+from engine.planning import GlobalPlan, make_plan
 from engine.state import boxes
 from engine.state.boxes import held_boxes
 from engine.state.progress import Progress, capture_rng
@@ -153,7 +153,7 @@ class Planned(Struct):
     """A rank's plan with its files laid out, ready to be written."""
 
     rank: int
-    plan: _Plan
+    plan: GlobalPlan
     shards: list[Shard]
     planner: dcp.ShardSavePlanner
     writer: dcp.ShardWriter
@@ -168,13 +168,13 @@ def begin(storage: Storage) -> str:
     return attempt
 
 
-def plan_save(tensors: tuple[LogicalTensor, ...], rank: int, plan: _Plan | None = None) -> Planned:
+def plan_save(tensors: tuple[LogicalTensor, ...], rank: int, plan: GlobalPlan | None = None) -> Planned:
     """All that a rank computes at its first save before it copies a byte. ``plan``: another rank's, to save the time; only the
     boxes are this rank's own then."""
     shards, writer = live(tensors, rank), dcp.ShardWriter(rank)
     _forget()
     began, cpu = time.perf_counter(), time.process_time()
-    plan = plan or _make_plan(tensors, rank)
+    plan = plan or make_plan(tensors, rank)
     planner = plan.planner if plan.planner._rank == rank else dcp.ShardSavePlanner(plan.assigned, rank)
     planner.set_up_planner({"state": planner.handles(shards)})
     writer.begin(plan.numbers, plan.classes, lambda layout, views: None)
@@ -200,7 +200,7 @@ def _made_up(storage: Storage, path: str, image: Image, *args: object) -> list[b
     return [bytes(DIGEST_BYTES * block_count(entry.nbytes)) for entry in image.entries]
 
 
-def manifest(plan: _Plan, names: Sequence[str], world: int, attempt: str, entries: Mapping[int, IndexEntry]) -> Manifest:
+def manifest(plan: GlobalPlan, names: Sequence[str], world: int, attempt: str, entries: Mapping[int, IndexEntry]) -> Manifest:
     """As rank 0 makes it. Ranks without an entry get a made-up one of the same size."""
     values = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
     model = {"engine": "imagined", "counters": {}, "optimizer": "AdamW", "groups": [{"params": list(names), "values": values}], "scalars": {}}
@@ -310,7 +310,7 @@ def load(storage: LocalStorage, folder: str, tensors: Sequence[LogicalTensor], r
 def reshard(storage: LocalStorage, source: tuple[str, int], target: tuple[str, int], count: int, ranks: Sequence[int]) -> list[Loaded]:
     """Save (layout, world size) and load it under another: what each of ``ranks`` costs. Only the indexes that these need are made."""
     stored, tensors = describe(*source, count), describe(*target, count)
-    plan = _make_plan(stored, 0)
+    plan = make_plan(stored, 0)
     needed = set().union(*(writers(plan.listed, tensors, rank) for rank in ranks))
     attempt = begin(storage)
     entries = {writer: write_index(plan_save(stored, writer, plan), storage, attempt)[0] for writer in sorted(needed)}

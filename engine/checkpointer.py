@@ -20,15 +20,13 @@ from engine.catalog import Retention
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
 from engine.events import sink_of
 from engine.format.checksum import digest
-from engine.format.layout import LogicalTensor
 from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, new_holder, step_name
 from engine.format.record import encode_record
 from engine.loading import Loading
-from engine.plan.assign import Frozen, assign_writers, place_frozen
 from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
-from engine.plan.order import reading_order
+from engine.planning import GlobalPlan, Plans
 from engine.saving import OnFailure, Save, Saves, watch_steps
 from engine.state.members import Members
 from engine.state.progress import Monitor, Progress, capture_rng, derive_rng, restore_rng
@@ -64,24 +62,6 @@ def _collector_paused() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What all ranks agreed on: the logical tensors with their writers, and the digest that was compared. ``listed`` are the same
-    in the manifest's order, with the number and the geometry class of each; ``shared`` are the places of replicated ones. ``frozen`` are
-    parts of tensors that nobody trains, which get files of their own."""
-
-    described: tuple[LogicalTensor, ...]
-    frozen: frozenset[Frozen]
-    assigned: tuple[LogicalTensor, ...]
-    digest: bytes
-    listed: tuple[LogicalTensor, ...]
-    numbers: Mapping[str, int]
-    classes: Sequence[int]
-    has_frozen: bool
-    shared: Sequence[int]
-    planner: dcp.ShardSavePlanner
-
-
-@dataclass(frozen=True)
 class _Captured:
     """One save's state: live shards, of which ``stepped`` change in optimizers' steps only, and everything that is not a tensor: shared
     by all ranks, and this rank's own. ``alike`` must be the same on all ranks, as must the digests of what several ranks hold."""
@@ -93,7 +73,7 @@ class _Captured:
     own_record: bytes
     alike: dict[str, Any]
     digests: replicas.Digests
-    plan: _Plan
+    plan: GlobalPlan
 
 
 class Checkpointer:
@@ -159,14 +139,10 @@ class Checkpointer:
         self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
         watch_steps(self._members.optimizers(), self._saves)
         self._writer = dcp.ShardWriter(self._ranks.rank)
-        self._plan: _Plan | None = None
-        self._orders: tuple[_Plan, process.Plan] | None = None
+        self._plans = Plans(self._ranks.rank, self._ranks.world_size, max_in_flight)
+        self._orders: tuple[GlobalPlan, process.Plan] | None = None
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
         self._count = 0
-        self._described: tuple[list[Shard], tuple[LogicalTensor, ...]] = ([], ())
-        self._changed: dict[int, set[str]] = {}
-        self._restless: set[str] = set()
-        self._resumed_at = -1  # the count of the save that follows a resume
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
@@ -220,7 +196,7 @@ class Checkpointer:
         captured = self._capture(progress, metrics)
         save.record, save.alike, save.shared = captured.own_record, captured.alike, captured.digests
         save.manifest = partial(self._manifest, captured)
-        save.on_change = partial(self._note_changed, self._count, captured.plan)
+        save.on_change = partial(self._plans.note_changed, self._count, captured.plan)
         save.before_commit = partial(write_run_file, self._storage, self._config, captured.progress.wandb_run_id)
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.stage(save, plan, views, captured.stepped))
         return captured.progress
@@ -258,7 +234,7 @@ class Checkpointer:
             self.save(*self._deferred)
         return self._deferred is None
 
-    def _hand_over(self, plan: _Plan, shards: list[Shard], take: Callable[[process.Plan, list[torch.Tensor]], None]) -> None:
+    def _hand_over(self, plan: GlobalPlan, shards: list[Shard], take: Callable[[process.Plan, list[torch.Tensor]], None]) -> None:
         """Through DCP, which plans and resolves: ``take`` gets this rank's files as laid out, and the live tensors for them."""
 
         taken = False
@@ -275,24 +251,8 @@ class Checkpointer:
         if not taken:
             raise UsageError("torch.distributed.checkpoint.save returned without writing: it is patched, or of a release that is not known here")
 
-    def _plan_of(self, shards: list[Shard]) -> _Plan:
-        """The last plan serves while tensors stay alike."""
-        described = self._described[1] if shards is self._described[0] else tuple(shard.tensor for shard in shards)
-        self._described = (shards, described)
-        frozen = self._members.frozen()
-        for count in [count for count in list(self._changed) if count < self._count - self._max_in_flight]:
-            self._restless |= self._changed.pop(count)
-        if self._restless:
-            frozen = frozenset(part for part in frozen if part[0] not in self._restless)
-        if self._plan is None or self._plan.described != described or self._plan.frozen != frozen:
-            self._plan = _make_plan(described, self._ranks.rank, frozen, self._ranks.world_size)
-        return self._plan
-
-    def _note_changed(self, count: int, plan: _Plan, numbers: list[int]) -> None:
-        """What was taken for frozen and was written anew is so no longer: an EMA, a teacher. From the save on before which all ranks must
-        have heard of it, so that they plan alike. What a resume has replaced is not meant."""
-        if numbers and count != self._resumed_at:
-            self._changed[count] = {plan.listed[number].name for number in numbers}
+    def _plan_of(self, shards: list[Shard]) -> GlobalPlan:
+        return self._plans.plan(shards, self._members.frozen(), self._count)
 
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
         if self._spoiled:
@@ -311,7 +271,7 @@ class Checkpointer:
         own_record = encode_record({"rng": capture_rng(), "objects": own})
         return _Captured(plain, shards, stepped, encode_record(record), own_record, alike, self._digests(plan, shards), plan)
 
-    def _digests(self, plan: _Plan, shards: list[Shard]) -> replicas.Digests:
+    def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> replicas.Digests:
         compared = plan.shared if self._ranks.world_size > 1 and self._replicas != "off" else []
         if self._replicas == "sample":
             compared = replicas.sample(shards, compared, self._count)
@@ -418,7 +378,8 @@ class Checkpointer:
         except Exception as e:
             e.add_note(_PARTLY)
             raise
-        self._loaded, self._spoiled, self._resumed_at = (stored, load.stored_names), "", self._count
+        self._loaded, self._spoiled = (stored, load.stored_names), ""
+        self._plans.note_resume(self._count)
         self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
         if self._max_in_flight:
             ranks.gather("prepare to save", self.prepare)
@@ -477,19 +438,3 @@ class Checkpointer:
 
 def _line_name() -> str:
     return os.urandom(6).hex()
-
-
-def _make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset[Frozen] = frozenset(), world_size: int = 1) -> _Plan:
-    names = [tensor.name for tensor in described]
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
-    assigned = assign_writers(described)
-    placed = place_frozen(assigned, frozen, world_size)
-    has_frozen = placed != assigned
-    order, classes = reading_order(placed, world_size if has_frozen else None)
-    listed = tuple(placed[place] for place in order)
-    numbers = {tensor.name: number for number, tensor in enumerate(listed)}
-    planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else 1 << 40)
-    shared = replicas.shares(described)
-    return _Plan(described, frozen, placed, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, has_frozen, shared, planner)

@@ -12,8 +12,9 @@ MODULES = sorted(ENGINE.rglob("*.py"))
 _PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-def test_the_catalogue_starts_without_torch():
-    code = "import engine.catalog, engine.errors, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+@pytest.mark.parametrize("module", ["catalog", "errors", "writer"])
+def test_listing_runs_and_the_writer_process_start_without_torch(module):
+    code = f"import engine.{module}, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

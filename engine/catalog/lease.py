@@ -10,11 +10,10 @@ import socket
 import time
 
 from engine.catalog.removal import sweep
-from engine.errors import CheckpointCorrupt, StorageError
+from engine.errors import StorageError
 from engine.format.names import LEASE
 from engine.storage import Storage
-
-_MAX_BYTES = 1 << 16
+from engine.transfer.runfile import read_object
 
 
 def take(storage: Storage, holder: str) -> None:
@@ -27,18 +26,10 @@ def take(storage: Storage, holder: str) -> None:
 
 def check(storage: Storage, holder: str) -> None:
     """Called by rank 0 right before a commit. Raises :class:`StorageError` where another job has taken the run."""
-    found = _read(storage)
+    found = read_object(storage, LEASE)
     if found.get("holder") != holder:
         who = ", ".join(f"{name} {found[name]}" for name in ("host", "process", "since") if name in found) or "nobody"
         raise StorageError(
             f"{storage.root} belongs to another job now ({who}): this one may no longer save into it, and nothing of it was committed. Two jobs "
             "must not share a run's folder"
         )
-
-
-def _read(storage: Storage) -> dict[str, object]:
-    try:
-        found = json.loads(storage.read(LEASE, _MAX_BYTES))
-    except (FileNotFoundError, CheckpointCorrupt, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -40,7 +40,7 @@ def _told(action: str, path: str) -> Iterator[None]:
 
 class _LocalWriter:
     """A large file takes its room at once, so that a full disk is found before anything is written, and bypasses the page cache for as
-    long as the data come in whole pages: that takes a fifth of the processor time, which belongs to training."""
+    long as the data come in whole pages: copying them there takes processor time, which belongs to training."""
 
     def __init__(self, path: str, size_bytes: int) -> None:
         self._path = path

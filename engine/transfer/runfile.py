@@ -10,7 +10,7 @@ from engine.errors import CheckpointCorrupt
 from engine.format.names import RUN_FILE, parse_run
 from engine.storage import Storage
 
-_MAX_RUN_FILE_BYTES = 1 << 26
+_MAX_BYTES = 1 << 26
 
 
 def write_run_file(storage: Storage, config: Mapping[str, Any], wandb_run_id: str = "") -> None:
@@ -37,9 +37,13 @@ def write_run_file(storage: Storage, config: Mapping[str, Any], wandb_run_id: st
 
 
 def read_run_file(storage: Storage) -> dict[str, Any]:
-    """What it says; nothing where it is missing, unreadable, or no JSON object."""
+    return read_object(storage, RUN_FILE)
+
+
+def read_object(storage: Storage, path: str) -> dict[str, Any]:
+    """What a file of one JSON object says; nothing where it is missing, unreadable, or no JSON object."""
     try:
-        known = json.loads(storage.read(RUN_FILE, _MAX_RUN_FILE_BYTES))
+        known = json.loads(storage.read(path, _MAX_BYTES))
     except (FileNotFoundError, CheckpointCorrupt, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
