@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -112,16 +113,18 @@ Answer = Done | Failed | Alive | Log
 
 
 class Channel:
-    """Messages over one socket, each with its length before it."""
+    """Messages over one socket, each with its length before it. Any thread may send."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self._sending = threading.Lock()
 
     def send(self, message: Struct, fd: int | None = None) -> None:
         data = msgspec.msgpack.encode(message)
-        self.socket.sendall(_LENGTH.pack(len(data)) + data)
-        if fd is not None:
-            socket.send_fds(self.socket, [b"\0"], [fd])
+        with self._sending:
+            self.socket.sendall(_LENGTH.pack(len(data)) + data)
+            if fd is not None:
+                socket.send_fds(self.socket, [b"\0"], [fd])
 
     def receive(self, kind: Any) -> Any:
         """Raises EOFError where the other side has closed."""

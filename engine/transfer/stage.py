@@ -11,12 +11,13 @@ from engine.transfer.write import WINDOW_BYTES, Segment, windows
 
 
 class LiveImages:
-    """Images of live tensors, a window of :data:`~engine.transfer.write.WINDOW_BYTES` at a time: all the memory that a save takes
-    beyond training. ``views[item]`` is the tensor of each item. CPU tensors of more than a window are handed on where they lie."""
+    """Images of live tensors, a window of :data:`~engine.transfer.write.WINDOW_BYTES` at a time. Two of them, used in turn, are all the
+    memory that a save takes beyond training. ``views[item]`` is the tensor of each item. CPU tensors of more than a window are handed
+    on where they lie."""
 
     def __init__(self, layout: ShardLayout, views: Sequence[torch.Tensor]) -> None:
         self._layout, self._views = layout, views
-        self._window: torch.Tensor | None = None
+        self._windows: list[torch.Tensor] = []
 
     def stream(self, number: int, take: Callable[[Segment], None]) -> Iterator[memoryview]:
         image = self._layout.images[number]
@@ -56,16 +57,16 @@ class LiveImages:
             data = bytes_of(view.reshape(-1).view(torch.uint8))
             yield from (data[i : i + WINDOW_BYTES] for i in range(0, len(data), WINDOW_BYTES))
             return
-        window = self._own_window()
         for piece in _flat_pieces(view, WINDOW_BYTES // dtype.itemsize):
+            window = self._own_window()
             size_bytes = piece.numel() * dtype.itemsize
             window[:size_bytes].view(dtype).copy_(piece)
             yield bytes_of(window)[:size_bytes]
 
     def _own_window(self) -> torch.Tensor:
-        if self._window is None:
-            self._window = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
-        return self._window
+        """The one that was used before the last: that one may still be in writing."""
+        self._windows.append(self._windows.pop(0) if len(self._windows) == 2 else torch.empty(WINDOW_BYTES, dtype=torch.uint8))
+        return self._windows[-1]
 
 
 def _flat_pieces(view: torch.Tensor, count: int) -> Iterator[torch.Tensor]:

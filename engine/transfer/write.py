@@ -1,6 +1,7 @@
 """Write: images to files, checksummed in the same pass, durable when it returns. No torch: a writer process runs this."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from engine.format.manifest import (
 )
 from engine.format.record import EMPTY_RECORD
 from engine.plan.image import Image, ShardLayout
-from engine.storage import Storage
+from engine.storage import Storage, Writer
 
 WINDOW_BYTES = 16 * 1024 * 1024
 """What is written at once. A multiple of the checksum block."""
@@ -29,7 +30,7 @@ WINDOW_BYTES = 16 * 1024 * 1024
 
 class Segment(Struct, frozen=True):
     """``data`` goes next into the file. It holds entries [first, stop) whole, or (``partial``) a run of blocks of entry ``first``.
-    Valid until the next one is asked for."""
+    Valid until the next but one is asked for."""
 
     first: int
     stop: int
@@ -41,8 +42,8 @@ class Images(Protocol):
     """The bytes of a layout's images, by the image's number."""
 
     def stream(self, number: int, take: Callable[[Segment], None]) -> Iterator[memoryview]:
-        """The whole file in order, header first, each piece to be written before the next is asked for. ``take`` gets the data of each
-        entry before, or right after, it has gone by."""
+        """The whole file in order, header first, each piece to be written before the next but one is asked for. ``take`` gets the data of
+        each entry before, or right after, it has gone by."""
         ...
 
 
@@ -152,13 +153,28 @@ def _write_image(storage: Storage, path: str, image: Image, stream: _Stream) -> 
     digests = _Digests(image)
     writer = storage.create(path, image.size_bytes)
     try:
-        for data in stream(digests.take):
-            writer.write(data)
+        if image.size_bytes <= WINDOW_BYTES:
+            for data in stream(digests.take):
+                writer.write(data)
+        else:
+            _write_behind(writer, stream(digests.take))
     except BaseException:
         writer.abandon()
         raise
     writer.close()
     return digests.found
+
+
+def _write_behind(writer: Writer, pieces: Iterator[memoryview]) -> None:
+    """While one piece is written, the next is checksummed: the disk does not wait for that."""
+    with ThreadPoolExecutor(1) as thread:
+        before: Future[None] | None = None
+        for data in pieces:
+            if before is not None:
+                before.result()
+            before = thread.submit(writer.write, data)
+        if before is not None:
+            before.result()
 
 
 def windows(image: Image) -> Iterator[tuple[int, int, bool, int, int]]:
