@@ -35,12 +35,14 @@ class Targets:
 
 @dataclass
 class Captured:
-    """``where`` it all lay; ``stepped``: the names of tensors that only the optimizer's step changes; ``frozen``: parts of
+    """``where`` it all lay; ``pieces``: all parameters, of which ``models`` are the shards; ``stepped``: the names of tensors that only the optimizer's step changes; ``frozen``: parts of
     tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies of counters
     that live as Python numbers; ``lasting``: what of the record is the same while all lies there."""
 
     where: list[int]
     slots: list[Slot]
+    pieces: list[Piece]
+    models: list[Shard]
     shards: list[Shard]
     stepped: frozenset[str]
     frozen: frozenset[tuple[str, tuple[int, ...]]]
@@ -88,7 +90,8 @@ class Member:
         where = self._whereabouts()
         if self._captured is None or self._captured.where != where:
             slots, others = self._slots(), self._others()
-            models, states = self._model_shards([slot.piece for slot in slots] + others), self._state_shards(slots, others)
+            pieces = [slot.piece for slot in slots] + others
+            models, states = self._model_shards(pieces), self._state_shards(slots, others)
             stepped = {f"{self.prefix}model.{slot.piece.name}" for slot in slots} | {shard.name for shard in states}
             stepped -= {f"{self.prefix}model.{piece.name}" for piece in others}  # rows of one tensor, partly frozen
             fixed = {name for name, p in self.adapter.names.parameters.items() if not p.requires_grad}
@@ -99,7 +102,7 @@ class Member:
                 for placed in (self.adapter.names.placed(piece),)
             )
             counters = optim.int_steps(a.optimizer, states, self._state_prefix, slots) if (a := self.adapter).optimizer is not None else []
-            self._captured = Captured(where, slots, models + states + self._buffers(), frozenset(stepped), frozen, counters)
+            self._captured = Captured(where, slots, pieces, models, models + states + self._buffers(), frozenset(stepped), frozen, counters)
         elif self.adapter.optimizer is not None:
             optim.refresh_int_steps(self.adapter.optimizer, self._captured.int_steps)
         return self._captured
@@ -180,9 +183,9 @@ class Member:
     def targets(self, stored: dict[str, LogicalTensor], aliases: dict[str, str], record: dict[str, Any]) -> Targets:
         """What of the live state this checkpoint fills. Changes nothing. Raises :class:`IncompatibleCheckpoint` for another
         optimizer."""
-        a, slots = self.adapter, self._slots()
-        pieces = [slot.piece for slot in slots] + self._others()
-        targets = Targets([], self._model_shards(pieces) + self._buffers())
+        a, captured = self.adapter, self.capture()
+        slots = captured.slots
+        targets = Targets([], captured.models + self._buffers())
         tied = {s.name: aliases[s.name] for s in targets.tensors if s.name not in stored and s.name in aliases}
         model = f"{self.prefix}model."
         resolve = {name.removeprefix(model): other.removeprefix(model) for name, other in tied.items() if name.startswith(model)}
@@ -196,7 +199,7 @@ class Member:
                 "their states do not mean the same. Resume with the same optimizer"
             )
         prefix = self._state_prefix
-        load.states = self._stored_states(stored, [piece.name for piece in pieces])
+        load.states = self._stored_states(stored, [piece.name for piece in captured.pieces])
         kept = {name: stored[full] for name in load.states if (full := f"{model}{resolve.get(name, name)}") in stored}
         load.shapes = {name: tensor.shape for name, tensor in kept.items()}
         load.scalars = targets.scalars = optim.scalar_targets(prefix, slots, load.states)
