@@ -35,9 +35,9 @@ class Targets:
 
 @dataclass
 class Captured:
-    """``where`` it all lay; ``pieces``: all parameters, of which ``models`` are the shards; ``stepped``: the names of tensors that only the optimizer's step changes; ``frozen``: parts of
-    tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies of counters
-    that live as Python numbers; ``lasting``: what of the record is the same while all lies there."""
+    """``where`` it all lay; ``pieces``: all parameters, of which ``models`` are the shards; ``stepped``: the names of tensors that only
+    the optimizer's step changes; ``frozen``: parts of tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies
+    of counters that live as Python numbers; ``lasting``: what of the record is the same while all lies there."""
 
     where: list[int]
     slots: list[Slot]
