@@ -4,8 +4,10 @@ A *round* is: every rank does its part, reports its result or its error, and rea
 and decides; the decision is a single compare-and-set, so a rank that gives up waiting and rank 0 cannot decide differently.
 """
 
+import os
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from engine.errors import EngineError, PeerError, error_class
 _POLL_SECONDS = (0.0005, 0.1)  # first and longest pause between two looks at the store
 _LOOKS_A_SECOND = 10_000  # of all waiting ranks together: each look costs the store some 10 µs of its one thread
 _TOGETHER = -1  # in place of a rank: what rank 0 concluded from all reports
+_TOKEN_BYTES = 8
 _GRACE = 1.25  # ranks wait longer for the decision than rank 0 for the reports, so that the decision can name who is missing
 
 
@@ -230,24 +233,71 @@ def compare(reports: Sequence[dict[str, Any]]) -> None:
             raise PeerError(f"ranks {odd[:16]} {difference} than rank 0{detail}; all ranks must share one state")
 
 
-_instances = 0
+@dataclass
+class _Job:
+    """A job as long as its process group lives: a name for its keys, and how many of its ranks objects were made."""
+
+    store: "weakref.ref[Store]"
+    name: str
+    count: int = 0
+
+
+_job: _Job | None = None
 
 
 def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False) -> Ranks:
     """The ranks of ``torch.distributed``'s default group; one rank where it is not initialised.
 
-    Every rank calls this the same number of times, in the same order: each call opens a name space of its own in the store.
-    ``own_client``: for a thread of its own. A store's client carries out one operation at a time, and some of them wait.
+    Every rank calls this the same number of times, in the same order: each call opens a name space of its own in the store. The first
+    one waits for all ranks. ``own_client``: for a thread of its own. A store's client carries out one operation at a time, and some of
+    them wait. Raises :class:`PeerError` where a rank does not come within ``timeout_seconds``.
     """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(timeout_seconds=timeout_seconds)
-    global _instances
-    _instances += 1
+    global _job
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     default: Any = dist.distributed_c10d._get_default_store()  # the one store that every job has
-    store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_instances}", default.clone() if own_client else default)
-    return Ranks(dist.get_rank(), dist.get_world_size(), store, timeout_seconds)
+    if _job is None or _job.store() is not default:
+        _job = _Job(weakref.ref(default), job_name(default, rank, world_size, timeout_seconds))
+    _job.count += 1
+    client = default.clone() if own_client else default
+    store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_job.name}-{_job.count}", client)
+    return Ranks(rank, world_size, store, timeout_seconds)
+
+
+def job_name(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that all ranks have alike, and no other job that has used this store. Every rank calls this, once a process group.
+
+    A launcher may start a job anew on the store of the last one, whose keys are still there (torchrun does, see pytorch#135712). So a
+    rank takes the name that it finds only once rank 0 has answered, under that name, what this rank has made up for itself.
+    """
+    own, deadline = os.urandom(_TOKEN_BYTES), time.monotonic() + timeout_seconds * (1.0 if rank == 0 else _GRACE)
+    pause = max(_POLL_SECONDS[0], 3 * world_size / _LOOKS_A_SECOND)
+    if rank == 0:
+        keys = [f"lockstep-{own.hex()}/{other}" for other in range(1, world_size)]
+        store.set("lockstep-job", own)
+        while keys and not store.check(keys):
+            _pause(pause, deadline, lambda: f"ranks {[i for i, key in enumerate(keys, 1) if not store.check([key])][:16]} did not come")
+        store.set(f"lockstep-{own.hex()}/all", own + b"".join(store.get(key) for key in keys))
+        return own.hex()
+    asked = ""
+    while True:
+        name = store.get("lockstep-job").hex() if store.check(["lockstep-job"]) else ""
+        if name != asked:
+            store.set(f"lockstep-{name}/{rank}", own)
+            asked = name
+        answer = f"lockstep-{name}/all"
+        if name and store.check([answer]) and store.get(answer)[rank * _TOKEN_BYTES :].startswith(own):
+            return name
+        _pause(pause, deadline, lambda: "rank 0 did not answer")
+
+
+def _pause(seconds: float, deadline: float, problem: Callable[[], str]) -> None:
+    if time.monotonic() >= deadline:
+        raise PeerError(f"attach: {problem()} in time; look at the other ranks' logs for a crash or a hang")
+    time.sleep(seconds)
 
 
 def _plain(text: str) -> str:

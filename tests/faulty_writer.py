@@ -43,6 +43,8 @@ def strike(action: str) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
     if action in ("die", "both"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if action == "hang":
         time.sleep(1000)
     if action == "sleep":

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from engine import errors
 from engine.errors import CheckpointCorrupt, PeerError, StorageError
-from engine.sync import Ranks
+from engine.sync import Ranks, job_name
 
 WORLD = 4
 
@@ -230,6 +230,44 @@ def test_many_rounds_keep_their_order(store):
 
     expected = [[i * 10 + rank for rank in range(WORLD)] for i in range(20)]
     assert together(store, act) == dict.fromkeys(range(WORLD), expected)
+
+
+def named(store, ranks=range(WORLD), timeout_seconds=20.0, delays=(0.0,) * WORLD):
+    def one(rank):
+        time.sleep(delays[rank])
+        try:
+            return job_name(store(), rank, WORLD, timeout_seconds)
+        except PeerError as e:
+            return str(e)
+
+    with ThreadPoolExecutor(WORLD) as pool:
+        return dict(zip(ranks, pool.map(one, ranks), strict=True))
+
+
+@pytest.mark.parametrize("delays", [(0.0,) * WORLD, (0.1, 0, 0, 0), (0, 0.1, 0, 0.1)], ids=["together", "rank 0 late", "others late"])
+def test_jobs_that_follow_each_other_on_one_store_have_names_of_their_own(store, delays):
+    """torchrun starts a job anew on the store of the last one, in which all its keys still are: pytorch#135712."""
+    names = []
+    for _ in range(3):
+        found = named(store, delays=delays)
+        assert len(set(found.values())) == 1, found
+        names.append(found[0])
+    assert len(set(names)) == 3
+
+
+def test_a_rank_takes_no_name_of_a_job_that_has_ended(hash_store):
+    named(hash_store)
+    assert named(hash_store, ranks=(1,), timeout_seconds=0.2) == {
+        1: "attach: rank 0 did not answer in time; look at the other ranks' logs for a crash or a hang"
+    }
+
+
+def test_a_rank_that_does_not_attach_is_named(hash_store):
+    named(hash_store)
+    found = named(hash_store, ranks=(0, 1, 3), timeout_seconds=0.2)
+    assert found[0].startswith("attach: ranks [2] did not come in time")
+    assert found[1] == found[3]
+    assert found[1].startswith("attach: rank 0 did not answer")
 
 
 def test_one_rank_alone_needs_no_store():
