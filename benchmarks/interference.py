@@ -15,7 +15,7 @@ import torch.distributed as dist
 from benchmarks import savers
 from benchmarks.harness import Result, Row, main, median
 from benchmarks.pool import Pool
-from benchmarks.training import Trunk, change, quiet, slowest, under_fsdp2, weights_of
+from benchmarks.training import Trunk, quiet, slowest, under_fsdp2, weights_of
 
 
 def measure_rank(folder: str, mebibytes: int, step_seconds: float, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -37,7 +37,7 @@ def measure_rank(folder: str, mebibytes: int, step_seconds: float, steps: int, r
 
 def _block(trunk: Trunk, saver: savers.Saver | None, steps: int) -> float:
     if saver:
-        change(saver.member)
+        saver.change()
     dist.barrier()
     began = time.perf_counter()
     if saver:

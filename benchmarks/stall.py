@@ -9,9 +9,10 @@ parameters, whose partition holds as many bytes a rank. ``first`` and ``second``
 
 --tiny: by how much the slowest step of a run with saves exceeds the slowest of a run without, for 10,000 small tensors. A save
 every 20 steps, its time counted to its step; the earlier one is awaited if it is still in flight. For DCP, which takes longer, one
-save, and steps until it has ended.
+save, and steps until it has ended. Each run begins without the garbage of the one before.
 """
 
+import gc
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from benchmarks import savers
 from benchmarks.harness import Result, Row, main, median
 from benchmarks.pool import Pool
-from benchmarks.training import Trunk, Weights, change, quiet, slowest, under_fsdp2, under_zero, weights_of
+from benchmarks.training import Trunk, Weights, quiet, slowest, under_fsdp2, under_zero, weights_of
 
 _NEXT_STEPS = 5
 _TIMEOUT_SECONDS = 600.0
@@ -70,7 +71,7 @@ def _first_saves(folder: str, member: Any, trunk: Trunk, rounds: int) -> dict[st
 
 def _blocked(saver: savers.Saver, trunk: Trunk) -> tuple[float, float, float]:
     """Seconds: how long training was blocked, of that in the call, and until the save was durable."""
-    change(saver.member)
+    saver.change()
     usual = trunk.usual()
     dist.barrier()
     began = time.perf_counter()
@@ -130,11 +131,12 @@ def measure_tiny_rank(folder: str, tensors: int, steps: int, rounds: int) -> dic
 
 
 def _worst_step(trunk: Trunk, saver: savers.Saver | None, steps: int) -> float:
+    gc.collect()  # others' garbage
     dist.barrier()
     worst = 0.0
     for i in range(steps):
         if saver and i % 20 == 0:
-            change(saver.member)
+            saver.change()
         began = time.perf_counter()
         if saver and i % 20 == 0:
             saver.wait()
@@ -148,7 +150,8 @@ def _worst_step(trunk: Trunk, saver: savers.Saver | None, steps: int) -> float:
 
 
 def _worst_step_of_one_save(trunk: Trunk, saver: savers.DcpThread) -> float:
-    change(saver.member)
+    saver.change()
+    gc.collect()
     dist.barrier()
     began = time.perf_counter()
     saver.save()

@@ -112,8 +112,3 @@ def local_tensors(member: Any) -> list[torch.Tensor]:
     moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
     held: list[Any] = [t.detach() for t in (*module.parameters(), *moments)]
     return [t.to_local() if hasattr(t, "to_local") else t for t in held]
-
-
-def change(member: Any) -> None:
-    """As training does: no save finds what the last one left."""
-    torch._foreach_mul_([t for t in local_tensors(member) if t.ndim], 0.999)

@@ -144,6 +144,7 @@ class Checkpointer:
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
         self._count = 0
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
+        self._has_garbage = False
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
@@ -201,12 +202,25 @@ class Checkpointer:
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.stage(save, plan, views, captured.stepped))
         return captured.progress
 
-    @_collector_paused()
     def prepare(self) -> None:
         """Lay out the next save's plan and allocate the memory for it now, so that the first save takes no longer than others. Called
         by :meth:`resume`; a fresh run may call it after the first optimizer step, when all state exists."""
-        shards, _ = self._members.capture()
-        self._hand_over(self._plan_of(shards), shards, lambda plan, _: self._saves.lay_out(plan))
+        with _collector_paused():
+            self._prepare()
+        self._collect()
+
+    def _prepare(self) -> None:
+        shards, stepped = self._members.capture()
+        self._members.records()
+        known, plan = self._plans.last, self._plan_of(shards)
+        self._hand_over(plan, shards, lambda order, views: self._saves.prepare(order, views, stepped))
+        self._has_garbage |= plan is not known
+
+    def _collect(self) -> None:
+        """A plan is many objects: without this some training step would search all of them for garbage."""
+        if self._has_garbage and gc.isenabled():
+            gc.collect()
+        self._has_garbage = False
 
     def wait(self) -> None:
         """Until every save is durable and visible; raises what one of them failed with. Every rank calls this."""
@@ -272,9 +286,9 @@ class Checkpointer:
         return _Captured(plain, shards, stepped, encode_record(record), own_record, alike, self._digests(plan, shards), plan)
 
     def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> replicas.Digests:
-        compared = plan.shared if self._ranks.world_size > 1 and self._replicas != "off" else []
-        if self._replicas == "sample":
-            compared = replicas.sample(shards, compared, self._count)
+        if self._ranks.world_size == 1 or self._replicas == "off":
+            return replicas.Digests()
+        compared = plan.turns[self._count % len(plan.turns)] if self._replicas == "sample" else plan.shared
         return replicas.digests(shards, compared, self._ranks.rank)
 
     def _manifest(self, captured: _Captured, attempt: str, indexes: Sequence[IndexEntry], size_bytes: int) -> Manifest:
@@ -301,7 +315,6 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ load
 
-    @_collector_paused()
     def resume(
         self,
         what: str = LATEST,
@@ -333,7 +346,12 @@ class Checkpointer:
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
             return Progress()
-        root, folder = found
+        with _collector_paused():
+            progress = self._resume_soundest(found[0], found[1], what, corrupt, allow, override)
+        self._collect()
+        return progress
+
+    def _resume_soundest(self, root: str, folder: str, what: str, corrupt: Corrupt, allow: Allow, override: Sequence[str]) -> Progress:
         while True:
             try:
                 return self._resume(root, folder, allow, override)
@@ -382,7 +400,7 @@ class Checkpointer:
         self._plans.note_resume(self._count)
         self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
         if self._max_in_flight:
-            ranks.gather("prepare to save", self.prepare)
+            ranks.gather("prepare to save", self._prepare)
         if ranks.rank == 0:
             load.tell(self._config, bytes_read, time.perf_counter() - began)
         return load.progress

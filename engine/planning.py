@@ -21,8 +21,8 @@ _NO_FROZEN_WRITERS = 1 << 40
 @dataclass(frozen=True)
 class GlobalPlan:
     """The logical tensors with their writers, and the digest that ranks compare. ``listed`` are the same in the manifest's order, with
-    the number and the geometry class of each; ``shared`` are the places of replicated ones. ``frozen`` are parts of tensors that nobody
-    trains, which get files of their own. ``planner`` is this rank's."""
+    the number and the geometry class of each; ``shared`` are the places of replicated ones, ``turns`` the same in samples. ``frozen`` are
+    parts of tensors that nobody trains, which get files of their own. ``planner`` is this rank's."""
 
     described: tuple[LogicalTensor, ...]
     frozen: frozenset[Frozen]
@@ -33,6 +33,7 @@ class GlobalPlan:
     classes: Sequence[int]
     has_frozen: bool
     shared: Sequence[int]
+    turns: Sequence[Sequence[int]]
     planner: dcp.ShardSavePlanner
 
 
@@ -50,7 +51,8 @@ def make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset
     numbers = {tensor.name: number for number, tensor in enumerate(listed)}
     planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else _NO_FROZEN_WRITERS)
     shared = replicas.shares(described)
-    return GlobalPlan(described, frozen, placed, digest(msgspec.msgpack.encode(listed)), listed, numbers, classes, has_frozen, shared, planner)
+    turns, agreed = replicas.turns(described, shared), digest(msgspec.msgpack.encode(listed))
+    return GlobalPlan(described, frozen, placed, agreed, listed, numbers, classes, has_frozen, shared, turns, planner)
 
 
 class Plans:
@@ -62,7 +64,7 @@ class Plans:
 
     def __init__(self, rank: int, world_size: int, max_in_flight: int) -> None:
         self._rank, self._world_size, self._max_in_flight = rank, world_size, max_in_flight
-        self._last: GlobalPlan | None = None
+        self.last: GlobalPlan | None = None
         self._described: tuple[list[Shard], tuple[LogicalTensor, ...]] = ([], ())
         self._changed: dict[int, set[str]] = {}
         self._restless: set[str] = set()
@@ -76,9 +78,9 @@ class Plans:
             self._restless |= self._changed.pop(heard)
         if self._restless:
             frozen = frozenset(part for part in frozen if part[0] not in self._restless)
-        if self._last is None or self._last.described != described or self._last.frozen != frozen:
-            self._last = make_plan(described, self._rank, frozen, self._world_size)
-        return self._last
+        if self.last is None or self.last.described != described or self.last.frozen != frozen:
+            self.last = make_plan(described, self._rank, frozen, self._world_size)
+        return self.last
 
     def note_changed(self, count: int, plan: GlobalPlan, numbers: Sequence[int]) -> None:
         """At the save ``count`` tensors of these numbers in ``plan``, taken for frozen, had changed. Called from any thread."""

@@ -148,6 +148,12 @@ class Saves:
             if save.failure is None:
                 raise
 
+    def prepare(self, plan: Plan, views: list[torch.Tensor], late: frozenset[str]) -> None:
+        """All that a first :meth:`stage` with these would do once."""
+        self.lay_out(plan)
+        if self._images and not self._flying:
+            self._copies_into(next(iter(self._images)), plan.layout, views, late)
+
     def lay_out(self, plan: Plan) -> None:
         """From now on saves follow this plan: memory for one image of it is allocated, or found not to fit."""
         if self._plan is plan:

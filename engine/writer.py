@@ -26,8 +26,8 @@ from engine.transfer.process import Abort, Alive, Channel, Commit, Done, Failed,
 from engine.transfer.write import Images, MemoryImages, Written, places, write_shards
 
 REWRITE_AFTER = 20
-NICENESS = 19
-"""Training goes first; but a save ends, too, where training leaves no processor idle."""
+NICENESS = 10
+"""Training goes first; but a save ends, too, where training leaves no processor idle: it gets a tenth of one."""
 
 
 class _Watched:

@@ -103,6 +103,13 @@ def _full(run, monkeypatch):
     return jobs.told(lambda: Checkpointer(run, tiny.make(0)).save(Progress(step=2)))
 
 
+def _replaced(run):
+    module, optimizer = tiny.make(1)
+    checkpointer = Checkpointer(run, (module, optimizer))
+    module[0].weight = nn.Parameter(torch.zeros_like(module[0].weight))
+    return jobs.told(lambda: checkpointer.save(Progress(step=2)))
+
+
 def _no_monitor(run):
     return jobs.told(lambda: Checkpointer(run, tiny.make(0), monitor="val_loss").save(Progress(step=2), metrics={"loss": 1.0}))
 
@@ -126,6 +133,7 @@ ALONE = {
     "another dtype": lambda run: resumed(run, tiny.make(1, dtype=torch.float64)),
     "another data set or seed": _other_data,
     "a save after a load that failed": _half_loaded,
+    "parameters replaced after the start": _replaced,
     "the monitored metric is not given": _no_monitor,
     "an object of no known kind": lambda run: jobs.told(lambda: Checkpointer(run, model=object())),
 }

@@ -89,10 +89,10 @@ class Names:
         sharded = [name for name, parameter in self.parameters.items() if isinstance(parameter, DTensor)]
         lost = [name for name, parameter in self.parameters.items() if id(parameter) not in present and name not in sharded]
         new = [] if sharded else [name for number, name in present.items() if number not in self._of]
-        if lost or new:
+        if odd := list(dict.fromkeys(lost + new)):
             raise UsageError(
-                f"the module's parameters are others than when the Checkpointer was made: {', '.join((lost + new)[:8])}. Change values in place, or "
-                "make a new Checkpointer after replacing parameters, adding or removing them"
+                f"the module's parameters are others than when the Checkpointer was made: {', '.join(odd[:8])}. Change values in place, or make a new "
+                "Checkpointer after replacing parameters, adding or removing them"
             )
         self._look()
 

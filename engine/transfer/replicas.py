@@ -4,6 +4,7 @@ Each rank digests what it shares with others, one digest for each group of holde
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -11,12 +12,12 @@ import xxhash
 from msgspec import Struct
 
 from engine.errors import PeerError
-from engine.format.layout import ANY, REPLICATED, Grid, LogicalTensor
+from engine.format.layout import ANY, REPLICATED, Grid, Layout, LogicalTensor
 from engine.state.boxes import unravel
 from engine.state.shard import Shard, bytes_of
 
 Replicas = Literal["all", "sample", "off"]
-SAMPLE_BYTES, SAMPLE_TENSORS = 64 * 1024 * 1024, 1024
+SAMPLE_BYTES, SAMPLE_TENSORS = 64 * 1024 * 1024, 256
 """What a rank digests at most of its replicated tensors at one save, with ``sample``; each save goes on where the last one ended."""
 
 
@@ -31,20 +32,18 @@ def _is_shared(layout: object) -> bool:
     return any(dim == REPLICATED and extent > 1 for dim, extent in zip(layout.dims, layout.mesh.shape, strict=True))
 
 
-def sample(shards: Sequence[Shard], places: Sequence[int], turn: int) -> list[int]:
-    """Those of ``places`` whose turn it is. By global sizes, so that all ranks choose alike."""
-    if not places:
-        return []
-    sizes = [shards[i].tensor.size_bytes for i in places]
-    turns: list[list[int]] = [[]]
+def turns(tensors: Sequence[LogicalTensor], places: Sequence[int]) -> list[list[int]]:
+    """``places`` in samples, one a save. By global sizes, so that all ranks choose alike. At least one, which may be empty."""
+    found: list[list[int]] = [[]]
     total = 0
-    for place, size_bytes in zip(places, sizes, strict=True):
-        if total and (total + size_bytes > SAMPLE_BYTES or len(turns[-1]) == SAMPLE_TENSORS):
-            turns.append([])
+    for place in places:
+        size_bytes = tensors[place].size_bytes
+        if total and (total + size_bytes > SAMPLE_BYTES or len(found[-1]) == SAMPLE_TENSORS):
+            found.append([])
             total = 0
-        turns[-1].append(place)
+        found[-1].append(place)
         total += size_bytes
-    return turns[turn % len(turns)]
+    return found
 
 
 class Digests(Struct):
@@ -96,15 +95,22 @@ def _shared(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Iterat
         shard = shards[i]
         for part, local in zip(shard.tensor.parts, shard.locals, strict=True):
             layout = part.layout
-            if local is None or not _is_shared(layout):
-                continue
-            assert isinstance(layout, Grid)
-            position = layout.mesh.position_of(rank)
-            if position is None:
-                continue
-            index = unravel(position, layout.mesh.shape)
-            cell = [at if dim != REPLICATED else -1 for at, dim in zip(index, layout.dims, strict=True)]
-            yield f"{layout.mesh}{layout.dims}{cell}", shard.name, _bytes(local)
+            if local is not None and (group := _group(layout, rank)):
+                yield group, shard.name, _bytes(local)
+
+
+@lru_cache(1024)
+def _group(layout: Layout, rank: int) -> str:
+    """Empty where the rank shares nothing of it."""
+    if not _is_shared(layout):
+        return ""
+    assert isinstance(layout, Grid)
+    position = layout.mesh.position_of(rank)
+    if position is None:
+        return ""
+    index = unravel(position, layout.mesh.shape)
+    cell = [at if dim != REPLICATED else -1 for at, dim in zip(index, layout.dims, strict=True)]
+    return f"{layout.mesh}{layout.dims}{cell}"
 
 
 def _bytes(local: torch.Tensor) -> memoryview:

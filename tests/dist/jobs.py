@@ -199,8 +199,8 @@ def stored_names(engine: str, run: str, unused: bool = False) -> list[str]:
     with trained(engine, steps=1, unused=unused) as made:
         checkpointer = Checkpointer(run, made.member)
         checkpointer.save(Progress(step=1))
-        assert checkpointer._plans._last is not None
-        return [tensor.name for tensor in checkpointer._plans._last.assigned]
+        assert checkpointer._plans.last is not None
+        return [tensor.name for tensor in checkpointer._plans.last.assigned]
 
 
 def marks(engine: str) -> set[str]:
