@@ -121,6 +121,23 @@ def test_images_are_made_as_they_are_needed(tmp_path, made):
     checkpointer.close()
 
 
+def test_what_a_first_save_does_once_is_done_before_it(tmp_path, made, monkeypatch):
+    """By prepare(), and by a resume."""
+
+    def refuse(*args):
+        raise AssertionError("this should have been done before")
+
+    for begin in (Checkpointer.prepare, Checkpointer.resume):
+        checkpointer = Checkpointer(tmp_path, made)
+        begin(checkpointer)
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, "Copies", refuse)
+            patch.setattr(saving, "StagingImage", refuse)
+            patch.setattr("engine.planning.make_plan", refuse)
+            checkpointer.save(Progress(step=1))
+        checkpointer.close()
+
+
 class Late:
     """Copies that are made as late as they may be."""
 

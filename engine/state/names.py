@@ -91,8 +91,8 @@ class Names:
         new = [] if sharded else [name for number, name in present.items() if number not in self._of]
         if odd := list(dict.fromkeys(lost + new)):
             raise UsageError(
-                f"the module's parameters are others than when the Checkpointer was made: {', '.join(odd[:8])}. Change values in place, or make a new "
-                "Checkpointer after replacing parameters, adding or removing them"
+                f"the module's parameters are others than when the Checkpointer was made: {', '.join(odd[:8])}. Change values in place, or make a "
+                "new Checkpointer after replacing parameters, adding or removing them"
             )
         self._look()
 
