@@ -85,12 +85,17 @@ class ShardTensor(torch.Tensor):
         raise UsageError(f"rank {self._rank} has no box of {index.fqn} at {index.offset}")
 
 
+NO_FROZEN = 1 << 40
+"""Where the writers of frozen parts begin if there are none."""
+
+
 class ShardSavePlanner(SavePlanner):
     """Plans one rank's writes. The plan follows from the assigned writers alone: one planner serves every save of the same
     tensors, with the handles of the moment."""
 
-    def __init__(self, assigned: Sequence[LogicalTensor], rank: int, world_size: int = 1) -> None:
-        """Parts that are laid out over writers from ``world_size`` on are frozen: that of a rank is ``world_size`` higher."""
+    def __init__(self, assigned: Sequence[LogicalTensor], rank: int, world_size: int = NO_FROZEN) -> None:
+        """Parts that are laid out over writers from ``world_size`` on are frozen: that of a rank is ``world_size`` higher. By default
+        there are none."""
         self._rank = rank
         self._boxes = []
         self.frozen: set[tuple[str, tuple[int, ...]]] = set()

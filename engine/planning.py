@@ -14,9 +14,6 @@ from engine.plan.order import reading_order
 from engine.state.shard import Shard
 from engine.transfer import replicas
 
-_NO_FROZEN_WRITERS = 1 << 40
-"""Where the writers of frozen parts begin if there are none."""
-
 
 @dataclass(frozen=True)
 class GlobalPlan:
@@ -49,7 +46,7 @@ def make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset
     order, classes = reading_order(placed, world_size if has_frozen else None)
     listed = tuple(placed[place] for place in order)
     numbers = {tensor.name: number for number, tensor in enumerate(listed)}
-    planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else _NO_FROZEN_WRITERS)
+    planner = dcp.ShardSavePlanner(placed, rank, world_size if has_frozen else dcp.NO_FROZEN)
     shared = replicas.shares(described)
     turns, agreed = replicas.turns(described, shared), digest(msgspec.msgpack.encode(listed))
     return GlobalPlan(described, frozen, placed, agreed, listed, numbers, classes, has_frozen, shared, turns, planner)
