@@ -37,6 +37,7 @@ from engine.transfer import process, replicas
 from engine.transfer.compare import differences
 from engine.transfer.exchange import process_group
 from engine.transfer.process import Settings
+from engine.transfer.replicas import Comparison, Digests
 from engine.transfer.runfile import write_run_file
 from engine.transfer.stored import StoredCheckpoint
 
@@ -72,7 +73,7 @@ class _Captured:
     record: bytes
     own_record: bytes
     alike: dict[str, Any]
-    digests: replicas.Digests
+    digests: Digests
     plan: GlobalPlan
 
 
@@ -127,10 +128,10 @@ class Checkpointer:
         self._config = dict(config or {})
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._monitor = Monitor(monitor, mode) if monitor is not None else None
-        self._replicas = replicas
         self._names: Names = names
         self._max_in_flight = max_in_flight
         self._ranks = current_ranks(timeout_seconds)
+        self._comparison = Comparison(replicas, self._ranks.rank)
         self._ranks.agree("attach", lambda: self._attach(model, members))
         holder = self._ranks.first("attach", new_holder)
         keep = self._retention
@@ -213,6 +214,8 @@ class Checkpointer:
         shards, stepped = self._members.capture()
         self._members.records()
         known, plan = self._plans.last, self._plan_of(shards)
+        if self._ranks.world_size > 1:
+            self._comparison.prepare(shards, plan.shared, plan.turns)
         self._hand_over(plan, shards, lambda order, views: self._saves.prepare(order, views, stepped))
         self._has_garbage |= plan is not known
 
@@ -285,11 +288,10 @@ class Checkpointer:
         own_record = encode_record({"rng": capture_rng(), "objects": own})
         return _Captured(plain, shards, stepped, encode_record(record), own_record, alike, self._digests(plan, shards), plan)
 
-    def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> replicas.Digests:
-        if self._ranks.world_size == 1 or self._replicas == "off":
-            return replicas.Digests()
-        compared = plan.turns[self._count % len(plan.turns)] if self._replicas == "sample" else plan.shared
-        return replicas.digests(shards, compared, self._ranks.rank)
+    def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> Digests:
+        if self._ranks.world_size == 1:
+            return Digests()
+        return self._comparison.digests(shards, plan.shared, plan.turns, self._count)
 
     def _manifest(self, captured: _Captured, attempt: str, indexes: Sequence[IndexEntry], size_bytes: int) -> Manifest:
         progress, plan, monitor = captured.progress, captured.plan, self._monitor

@@ -5,7 +5,7 @@ Each rank digests what it shares with others, one digest for each group of holde
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import xxhash
@@ -19,6 +19,8 @@ from engine.state.shard import Shard, bytes_of
 Replicas = Literal["all", "sample", "off"]
 SAMPLE_BYTES, SAMPLE_TENSORS = 64 * 1024 * 1024, 1024
 """What a rank digests at most of its replicated tensors at one save, with ``sample``; each save goes on where the last one ended."""
+_SMALL_BYTES = 4096
+"""Tensors up to this size are digested together: to look at one costs more than to copy it."""
 
 
 def shares(tensors: Sequence[LogicalTensor]) -> list[int]:
@@ -47,21 +49,77 @@ def turns(tensors: Sequence[LogicalTensor], places: Sequence[int]) -> list[list[
 
 
 class Digests(Struct):
-    """What one rank shares with others: by group of holders, one digest of all, and one of each tensor."""
+    """What one rank shares with others: one digest of all, by group of holders. ``tensors`` are those of each tensor, as (name, digest);
+    ``copies`` stand for small ones, which are only digested one by one where a group differs: (names, sizes in bytes, their bytes)."""
 
     groups: dict[str, bytes] = {}
     tensors: dict[str, list[tuple[str, bytes]]] = {}
+    copies: dict[str, tuple[list[str], list[int], torch.Tensor]] = {}
 
     def of(self, groups: Sequence[str]) -> dict[str, list[tuple[str, bytes]]]:
         """Tensor by tensor, of the groups in question."""
-        return {group: found for group, found in self.tensors.items() if group in groups}
+        found = {group: list(self.tensors.get(group, ())) for group in groups if group in self.groups}
+        for group in found.keys() & self.copies.keys():
+            names, sizes, data = self.copies[group]
+            found[group] += [(name, xxhash.xxh3_128_digest(bytes_of(part))) for name, part in zip(names, data.split(sizes), strict=True)]
+        return found
 
 
-def digests(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Digests:
-    tensors: dict[str, list[tuple[str, bytes]]] = {}
-    for group, name, data in _shared(shards, places, rank):
-        tensors.setdefault(group, []).append((name, xxhash.xxh3_128_digest(data)))
-    return Digests({group: xxhash.xxh3_128_digest(b"".join(found for _, found in entries)) for group, entries in tensors.items()}, tensors)
+class Comparison:
+    """What this rank compares with others at its saves. What is looked at is found once, while the tensors lie where they lay."""
+
+    def __init__(self, kind: Replicas, rank: int) -> None:
+        self._kind, self._rank = kind, rank
+        self._known: tuple[Sequence[Shard], dict[int, _Shared]] = ((), {})
+
+    def digests(self, shards: Sequence[Shard], shared: Sequence[int], turns: Sequence[Sequence[int]], count: int) -> Digests:
+        """For save number ``count``; ``shared`` and ``turns``: see :func:`shares`, :func:`turns`. The same list of shards: nothing has moved."""
+        if self._kind == "off":
+            return Digests()
+        parts = [shared] if self._kind == "all" else turns
+        return self._look(shards, parts, count % len(parts)).digests()
+
+    def prepare(self, shards: Sequence[Shard], shared: Sequence[int], turns: Sequence[Sequence[int]]) -> None:
+        """All that :meth:`digests` of these would do once."""
+        if self._kind != "off":
+            parts = [shared] if self._kind == "all" else turns
+            for number in range(len(parts)):
+                self._look(shards, parts, number)
+
+    def _look(self, shards: Sequence[Shard], parts: Sequence[Sequence[int]], number: int) -> "_Shared":
+        if shards is not self._known[0]:
+            self._known = (shards, {})
+        known = self._known[1]
+        if number not in known:
+            known[number] = _Shared(shards, parts[number], self._rank)
+        return known[number]
+
+
+class _Shared:
+    """What this rank shares of ``places``, by group."""
+
+    def __init__(self, shards: Sequence[Shard], places: Sequence[int], rank: int) -> None:
+        self._large: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        self._small: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        for group, name, local in _shared(shards, places, rank):
+            if local.device.type == "cpu" and local.is_contiguous() and local.nbytes <= _SMALL_BYTES:
+                self._small.setdefault(group, []).append((name, local.view(-1).view(torch.uint8)))
+            else:
+                self._large.setdefault(group, []).append((name, local))
+        self._views = {group: [view for _, view in entries] for group, entries in self._small.items()}
+
+    def digests(self) -> Digests:
+        found = Digests({}, {}, {})
+        parts: dict[str, list[bytes]] = {}
+        for group, views in self._views.items():
+            data = torch.cat(views)
+            found.copies[group] = [name for name, _ in self._small[group]], [view.numel() for view in views], data
+            parts[group] = [xxhash.xxh3_128_digest(bytes_of(data))]
+        for group, entries in self._large.items():
+            found.tensors[group] = [(name, xxhash.xxh3_128_digest(_bytes(local))) for name, local in entries]
+            parts.setdefault(group, []).extend(digest for _, digest in found.tensors[group])
+        found.groups = {group: xxhash.xxh3_128_digest(b"".join(digests)) for group, digests in parts.items()}
+        return found
 
 
 def drifted(reports: Sequence[dict[str, bytes]]) -> list[str]:
@@ -89,14 +147,13 @@ def name_the_drift(reports: Sequence[dict[str, list[list[object]]]]) -> None:
     )
 
 
-def _shared(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Iterator[tuple[str, str, Any]]:
-    """(group, tensor, bytes) of what this rank shares. A group: the ranks of one mesh that hold the same piece."""
+def _shared(shards: Sequence[Shard], places: Sequence[int], rank: int) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(group, tensor, live values) of what this rank shares. A group: the ranks of one mesh that hold the same piece."""
     for i in places:
         shard = shards[i]
         for part, local in zip(shard.tensor.parts, shard.locals, strict=True):
-            layout = part.layout
-            if local is not None and (group := _group(layout, rank)):
-                yield group, shard.name, _bytes(local)
+            if local is not None and (group := _group(part.layout, rank)):
+                yield group, shard.name, local.detach()
 
 
 @lru_cache(1024)
@@ -113,7 +170,5 @@ def _group(layout: Layout, rank: int) -> str:
     return f"{layout.mesh}{layout.dims}{cell}"
 
 
-def _bytes(local: torch.Tensor) -> Any:
-    if local.dtype is torch.float32 and local.device.type == "cpu" and local.is_contiguous():  # a thousand small ones a save
-        return local.detach().numpy()
-    return bytes_of(local.detach().cpu().contiguous().view(-1).view(torch.uint8)) if local.numel() else memoryview(b"")
+def _bytes(local: torch.Tensor) -> memoryview:
+    return bytes_of(local.cpu().contiguous().view(-1).view(torch.uint8)) if local.numel() else memoryview(b"")
