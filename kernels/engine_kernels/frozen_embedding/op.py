@@ -1,15 +1,22 @@
-"""``lockstep::frozen_embedding``: plain torch on the CPU."""
+"""``lockstep::frozen_embedding``: plain torch on the CPU, Triton on CUDA."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from engine_kernels.device import is_checking, uses_triton
 from engine_kernels.frozen_embedding import naive
 
 
 @torch.library.custom_op("lockstep::frozen_embedding", mutates_args=())
 def _forward(ids: Tensor, frozen: Tensor, trainable: Tensor, padding_idx: int) -> Tensor:
-    return naive.forward(ids, frozen, trainable)
+    if not uses_triton(trainable):
+        return naive.forward(ids, frozen, trainable)
+    from engine_kernels.frozen_embedding import triton
+
+    if is_checking():
+        naive.check_ids(ids, frozen.shape[0] + trainable.shape[0])
+    return triton.forward(ids, frozen, trainable)
 
 
 @_forward.register_fake
@@ -19,7 +26,11 @@ def _(ids: Tensor, frozen: Tensor, trainable: Tensor, padding_idx: int) -> Tenso
 
 @torch.library.custom_op("lockstep::frozen_embedding_backward", mutates_args=())
 def _backward(grad: Tensor, ids: Tensor, base: int, rows: int, padding_idx: int) -> Tensor:
-    return naive.backward(grad, ids, base, rows, padding_idx)
+    if not uses_triton(grad):
+        return naive.backward(grad, ids, base, rows, padding_idx)
+    from engine_kernels.frozen_embedding import triton
+
+    return triton.backward(grad, ids, base, rows, padding_idx)
 
 
 @_backward.register_fake
@@ -63,7 +74,8 @@ def frozen_embedding(ids: Tensor, frozen: Tensor, trainable: Tensor, padding_idx
         padding_idx: a row of the whole that gets no gradient; -1 for none.
 
     Returns ``[*ids.shape, D]``. Raises ValueError where dtypes, devices or widths differ, IndexError on the CPU for an id out of range
-    (on CUDA that is not checked: it would wait for the device), and NotImplementedError when it is differentiated twice.
+    (on CUDA it gives a row of NaN, or the error where ``LOCKSTEP_DEBUG=1`` is set: a check waits for the device), and NotImplementedError
+    when it is differentiated twice.
     """
     if frozen.dtype != trainable.dtype or frozen.device != trainable.device or frozen.shape[1:] != trainable.shape[1:]:
         raise ValueError(
