@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
     from engine.data import ElasticSampler
+    from engine.state.frozen_rows import freeze_rows
     from engine.state.objects import PerRank
     from engine.state.progress import Progress
 
-__all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress"]
+__all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress", "freeze_rows"]
 
 _HOMES = {
     "Checkpointer": "engine.checkpointer",
     "ElasticSampler": "engine.data",
     "PerRank": "engine.state.objects",
     "Progress": "engine.state.progress",
+    "freeze_rows": "engine.state.frozen_rows",
 }
 
 
