@@ -4,9 +4,9 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-BENCHMARKS := tiny_tensors memory stall interference throughput reshard incremental crash matrix
+BENCHMARKS := tiny_tensors memory stall interference throughput reshard incremental frozen_vocab crash matrix
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench kernels clean
 
 setup: $(VENV)/ready
 
@@ -31,6 +31,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.stall --tiny --json benchmarks/results/stall_tiny.json
 	$(BIN)/python -m benchmarks.scale --json benchmarks/results/scale.json --plot benchmarks/results/scale.svg
 	$(BIN)/python -m benchmarks.summary
+
+# Packing on a GPU in CUDA C++; without it Triton does the same.
+kernels:
+	nvcc -std=c++17 -O3 -gencode arch=compute_90,code=sm_90 --shared -Xcompiler -fPIC \
+		kernels/engine_kernels/pack_checksum/pack_checksum.cu -o kernels/engine_kernels/pack_checksum/libpack_checksum.so
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +65,14 @@ def machine() -> dict[str, Any]:
             model = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), model)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory / 2**30, 1), "system": platform.platform()}
+
+
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """Of a line of /proc/PROCESS/status, such as VmRSS."""
+    with open(f"/proc/{process}/status") as file:
+        found = re.search(rf"{field}:\s+(\d+) kB", file.read())
+    assert found, f"the kernel does not tell {field}"
+    return int(found[1]) * 1024
 
 
 def versions() -> dict[str, str]:

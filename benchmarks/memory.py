@@ -13,7 +13,6 @@ import ctypes
 import gc
 import logging
 import os
-import re
 import shutil
 import tempfile
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.harness import Result, main
+from benchmarks.harness import Result, main, status_bytes
 from benchmarks.pool import Pool
 from engine import Checkpointer, Progress
 from engine.plan.reads import RUN_BYTES
@@ -91,16 +90,9 @@ def _peak_beyond(act: Any) -> int:
     ctypes.CDLL(None).malloc_trim(0)  # memory that training freed must not count as there already
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts again from the present
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     act()
-    return _status("VmHWM") - before
-
-
-def _status(field: str, process: int | str = "self") -> int:
-    with open(f"/proc/{process}/status") as file:
-        found = re.search(rf"{field}:\s+(\d+) kB", file.read())
-    assert found
-    return int(found[1]) * 1024
+    return status_bytes("VmHWM") - before
 
 
 # ---------------------------------------------------------------------- many saves
@@ -134,7 +126,7 @@ def _held() -> dict[str, float]:
     shm = os.statvfs("/dev/shm")
     return {
         "processes": len(found),
-        "rss_mb": sum(_status("VmRSS", process) for process in found) / 1e6,
+        "rss_mb": sum(status_bytes("VmRSS", process) for process in found) / 1e6,
         "descriptors": sum(len(os.listdir(f"/proc/{process}/fd")) for process in found),
         "shm_mb": ((shm.f_blocks - shm.f_bfree) * shm.f_frsize + sum(sizes.values())) / 1e6,
     }

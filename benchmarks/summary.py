@@ -28,6 +28,25 @@ TARGETS: dict[str, dict[str, str]] = {
     "throughput": {"save_over_raw": ">= 0.9", "load_over_raw": ">= 0.8", "load_over_dcp": ">= 2"},
     "reshard": {"worst_read_amplification": "<= 1.05"},
     "incremental": {"later_bytes_over_trainable": "<= 1.05", "max_difference": "<= 0"},
+    "frozen_vocab": {
+        "flops_over_hook": "<= 0.83334",
+        "peak_1024_over_hook": "<= 0.6",
+        "peak_4096_over_hook": "<= 0.4",
+        "optimizer_bytes_over_hook": "<= 0.5",
+        "frozen_drift": "<= 0",
+    },
+    "frozen_vocab_gpu": {
+        "S_whole_speedup_over_hook": ">= 1.8",
+        "L_whole_speedup_over_hook": ">= 1.5",
+        "S_half_whole_speedup_over_hook": ">= 3",
+        "S_embedding_backward_speedup_over_hook": ">= 3",
+        "L_embedding_backward_speedup_over_hook": ">= 6",
+        "S_optimizer_share": ">= 0.85",
+        "L_cross_entropy_share": ">= 0.8",
+        "L_head_share": ">= 0.85",
+        "S_head_speedup_over_liger": ">= 1.1",
+        "S_whole_speedup_over_peft": ">= 1.5",
+    },
     "matrix": {"cells_failed": "<= 0", "cells_unexpected": "<= 0"},
 }
 """By benchmark and figure. All other figures are only reported."""

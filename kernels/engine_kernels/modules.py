@@ -51,6 +51,11 @@ class _PartiallyFrozen(nn.Module):
                     missing.append(prefix + whole)
             elif tuple(given.shape) != shape:
                 errors.append(f"size mismatch for {prefix + whole}: copying a param with shape {tuple(given.shape)}, the shape here is {shape}")
+            elif not _is_exact(given[: parts[0].shape[0]], parts[0].dtype):
+                errors.append(
+                    f"{prefix + whole} is {given.dtype} in the state dict and its frozen rows are {parts[0].dtype} here, which would round them: "
+                    "convert the module's dtype first, or the state dict's on purpose"
+                )
             else:
                 for name, part, values in zip(names, parts, given.detach().split([part.shape[0] for part in parts]), strict=True):
                     if local_metadata.get("assign_to_params_buffers", False):
@@ -68,6 +73,11 @@ class _PartiallyFrozen(nn.Module):
     def weight(self) -> Tensor:
         """``[V, D]``: a new tensor at each call. Gradients reach the trainable rows through it."""
         return torch.cat([self.frozen, self.trainable])
+
+
+def _is_exact(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether nothing is lost in this dtype."""
+    return torch.promote_types(values.dtype, dtype) == dtype or torch.equal(values.to(dtype).to(values.dtype).nan_to_num(), values.nan_to_num())
 
 
 class PartiallyFrozenEmbedding(_PartiallyFrozen):

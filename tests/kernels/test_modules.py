@@ -90,6 +90,15 @@ def test_a_state_dict_that_does_not_fit():
         model.load_state_dict({**state, "head.frozen": torch.zeros(3)})
 
 
+def test_frozen_rows_are_not_rounded_by_a_state_dict():
+    state = Model().state_dict()
+    model = convert(Model(), {"embed": BASE, "head": BASE}).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"embed.weight is torch.float32 in the state dict and its frozen rows are torch.bfloat16 here"):
+        model.load_state_dict(state)
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in state.items()})
+    assert torch.equal(model.embed.weight, state["embed.weight"].bfloat16())
+
+
 @pytest.mark.parametrize("base", [0, BASE, ROWS])
 def test_any_base(base):
     whole, model = Model(), convert(Model(), {"embed": base, "head": base})

@@ -81,8 +81,16 @@ def _save_fused(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's
 def _differentiate_fused(ctx, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:  # noqa: ANN001
     if grad is None:
         return (None,) * 15
-    found = [_scale(given, grad) if given.numel() else given for given in ctx.saved_tensors]
+    found = ctx.saved_tensors
+    if not _is_one(grad):
+        found = [_scale(given, grad) if given.numel() else given for given in found]
     return _inputs_grads(ctx, found)
+
+
+def _is_one(grad: Tensor) -> bool:
+    """Whether there is nothing to scale, which saves a copy of all gradients. Not asked where the answer has to be waited for (a GPU), is
+    not there yet (a compiler), or where the gradient may be differentiated."""
+    return type(grad) is Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled() and bool(grad == 1)
 
 
 def _inputs_grads(ctx, found) -> tuple[Tensor | None, ...]:  # noqa: ANN001
