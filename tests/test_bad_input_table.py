@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.pool import Pools
 from engine import ElasticSampler, Progress
+from engine_kernels import convert
 from tests import tiny
 from tests.dist import jobs, rows
 from tests.dist.test_replicas import resume_own, save_own, train_past_the_wrapper
@@ -114,6 +115,13 @@ def _no_monitor(run):
     return jobs.told(lambda: Checkpointer(run, tiny.make(0), monitor="val_loss").save(Progress(step=2), metrics={"loss": 1.0}))
 
 
+def _stale(run):
+    model = rows.Whole(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    convert(model, {"embed": 11})
+    return jobs.told(optimizer.step)
+
+
 def _unmonitored(run):
     return resumed(run, what="best")
 
@@ -135,6 +143,8 @@ ALONE = {
     "a save after a load that failed": _half_loaded,
     "parameters replaced after the start": _replaced,
     "the monitored metric is not given": _no_monitor,
+    "more frozen rows than there are": lambda run: jobs.told(lambda: convert(rows.Whole(0), {"embed": 24})),
+    "an optimizer older than the conversion": _stale,
     "an object of no known kind": lambda run: jobs.told(lambda: Checkpointer(run, model=object())),
 }
 

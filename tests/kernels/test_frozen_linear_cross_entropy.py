@@ -84,6 +84,18 @@ def test_smaller_dtypes_stay_close_to_float64_and_repeat_to_the_bit(dtype, fp32_
         assert (found.double() - true).norm() <= scale * true.norm()
 
 
+def test_tensors_with_gaps_or_transposed(on):
+    x, frozen, trainable, target, bias = sample(24, 23, 9, 6, 14)
+    gaps = x.detach().repeat_interleave(2, 0)[::2].t().contiguous().t().view(2, 12, 6).requires_grad_()
+    weights = frozen.t().contiguous().t(), trainable.detach().t().contiguous().t().requires_grad_()
+    apart = bias[0].repeat_interleave(3)[::3], bias[1].detach().repeat_interleave(3)[::3].requires_grad_()
+    loss = frozen_linear_cross_entropy(gaps, *weights, target.repeat_interleave(2)[::2].view(2, 12), apart, chunk=5)
+    whole = frozen_linear_cross_entropy(x, frozen, trainable, target, bias, chunk=5)
+    torch.testing.assert_close(loss, whole)
+    found, true = torch.autograd.grad(loss, (gaps, weights[1], apart[1])), torch.autograd.grad(whole, (x, trainable, bias[1]))
+    torch.testing.assert_close([g.reshape(t.shape) for g, t in zip(found, true, strict=True)], list(true))
+
+
 def test_fp32_logits_are_more_exact_than_those_of_the_dtype():
     def error(fp32_logits):
         x, frozen, trainable, target, _ = sample(64, 501, 200, 256, 5, torch.bfloat16, ignored=0)
@@ -159,6 +171,11 @@ def test_the_flops_are_those_of_the_three_products_without_the_frozen_rows_gradi
         F.cross_entropy(F.linear(x, weight), target).backward()
     assert ours.get_total_flops() * 6 == whole.get_total_flops() * 5
     assert whole.get_total_flops() == 6 * tokens * rows * width
+    with FlopCounterMode(display=False) as shapes:  # without storage
+        frozen_linear_cross_entropy(
+            *(t.detach().to("meta").requires_grad_(t.requires_grad) for t in (x, frozen, trainable)), target.to("meta")
+        ).backward()
+    assert shapes.get_total_flops() == ours.get_total_flops()
     with FlopCounterMode(display=False) as alone, torch.no_grad():
         frozen_linear_cross_entropy(x, frozen, trainable, target)
     assert alone.get_total_flops() == 2 * tokens * rows * width

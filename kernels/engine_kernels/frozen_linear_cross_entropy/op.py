@@ -4,6 +4,7 @@ With a mean or a sum one pass gives loss and gradients, since only one number is
 need the logits once more.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -228,7 +229,8 @@ def frozen_linear_cross_entropy(
     NaN, or it is the error where ``LOCKSTEP_DEBUG=1`` is set), NotImplementedError when it is differentiated twice.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # as of a linear layer
+    casts = kind != "meta" and torch.is_autocast_enabled(kind)
+    if casts:  # as a linear layer's inputs are
         x, frozen, trainable = (t.to(torch.get_autocast_dtype(kind)) for t in (x, frozen, trainable))
         bias = None if bias is None else (bias[0].to(x.dtype), bias[1].to(x.dtype))
     _check(x, frozen, trainable, target, bias, reduction)
@@ -239,7 +241,7 @@ def frozen_linear_cross_entropy(
         chunk = max(4096, 8 * CHUNK_BYTES // row_bytes) if x.is_cuda else max(1, CHUNK_BYTES // row_bytes)
     options = ignore_index, label_smoothing, z_loss, chunk, fp32_logits, -1 if valid is None else valid
     wants = (wanted and t is not None and t.requires_grad for t in (x, trainable, bias[1] if bias else None))
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(kind, enabled=False) if casts else nullcontext():
         if reduction == "none":
             return _each(rows, frozen, trainable, goals, both, *options).view(target.shape)
         return _fused(rows, frozen, trainable, goals, both, *options, reduction == "mean", *wants)[0]
