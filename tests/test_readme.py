@@ -12,10 +12,12 @@ import torch
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
+def block(number: int) -> str:
+    return re.findall(r"runs this block -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[number]
+
+
 def loop() -> str:
-    found = re.search(r"runs this block -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert found, "the README has no loop"
-    return found[1]
+    return block(0)
 
 
 def run(seed: int, stop_after: int | None = None) -> dict:
@@ -54,6 +56,15 @@ def test_the_loop_is_short():
     assert len([line for line in loop().splitlines() if line.strip()]) <= 16
 
 
+def test_the_readmes_vocabulary_is_frozen():
+    model = torch.nn.ModuleDict({"text_embedding": torch.nn.Embedding(24000, 4), "text_head": torch.nn.Linear(4, 24000)})
+    names = {"torch": torch, "model": model, "ids": torch.randint(24000, (2, 5))}
+    exec(block(1), names)
+    names["loss"].backward()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.grad is not None}
+    assert shapes == {"text_embedding.trainable": (12000, 4), "text_head.trainable": (12000, 4), "text_head.trainable_bias": (12000,)}
+
+
 def figures(name: str) -> dict[str, float]:
     return json.loads((README.parent / f"benchmarks/results/{name}.json").read_text())["figures"]
 
@@ -62,7 +73,7 @@ def test_the_figures_are_those_of_the_committed_results():
     matrix, tiny, memory, scale = figures("matrix"), figures("tiny_tensors"), figures("memory"), figures("scale")
     stall, incremental, reshard = figures("stall"), figures("incremental"), figures("reshard")
     tiny_steps, interference = figures("stall_tiny"), figures("interference")
-    throughput, crash = figures("throughput"), figures("crash")
+    throughput, crash, frozen = figures("throughput"), figures("crash"), figures("frozen_vocab")
     phrases = [
         f"{matrix['cells_state_bitwise']} of {matrix['cells']} cells bit-equal, {matrix['cells_refused']} refused as they must be, "
         f"{matrix['cells_unexpected']} unexpected",
@@ -78,6 +89,9 @@ def test_the_figures_are_those_of_the_committed_results():
         f"{crash['kills']:,} ranks and writers killed at random instants: {crash['torn_visible']} torn checkpoints to be seen, "
         f"{crash['committed_lost']} committed ones lost",
         f"a later save of an adapter run writes {incremental['later_bytes_over_trainable']:.3f} × what is trained",
+        f"takes {frozen['flops_over_hook']:.3f} of the head's operations that it takes with a gradient hook, "
+        f"{frozen['optimizer_bytes_over_hook']:.2f} of the optimizer's state, and {frozen['peak_1024_over_hook']:.2f} of the peak memory at "
+        f"1,024 tokens, {frozen['peak_4096_over_hook']:.2f} at 4,096; the hook's frozen rows drift, these do not",
         f"at most {reshard['worst_read_amplification']:.3f} × the bytes needed",
         f"a first plan takes a rank {scale['plan_seconds_4096']:.1f} s, the root manifest has {scale['root_mb_4096']:.1f} MB, a commit takes rank 0 "
         f"{scale['rank0_seconds_4096']:.1f} s, and a load on half as many ranks reads {scale['index_bytes_over_needed']:.2f} × the index bytes "
@@ -85,3 +99,10 @@ def test_the_figures_are_those_of_the_committed_results():
     ]
     for phrase in phrases:
         assert phrase in README.read_text(encoding="utf-8"), f"the README should say: {phrase}"
+
+
+def test_the_page_on_extended_vocabularies_has_the_committed_figures():
+    frozen, page = figures("frozen_vocab"), (README.parent / "docs/extended-vocabulary.md").read_text(encoding="utf-8")
+    for row, prefix, drift in (("`convert`", "", "frozen_drift"), ("PEFT's trainable tokens", "peft_", "peft_drift")):
+        ratios = [frozen[f"{prefix}{what}_{tokens}_over_hook"] for what in ("peak", "seconds") for tokens in (1024, 4096)]
+        assert f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + f" | {frozen[drift]:.1e} |" in page

@@ -60,7 +60,7 @@ def test_tiles_and_gaps_cover_each_element_once(sizes_intervals, size):
 
 def test_tables_are_copied_when_something_has_changed(monkeypatch):
     moved = []
-    monkeypatch.setattr(module, "_move", lambda table, device: moved.append(table) or table)
+    monkeypatch.setattr(module, "upload", lambda table, device: moved.append(table) or table)
     first, second, device = torch.zeros(40), torch.zeros(40), torch.device("cpu")
     for pointed in (first, first, second, first):
         addresses([[pointed], [pointed[1:]]], device)
