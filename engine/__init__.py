@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
     from engine.data import ElasticSampler
+    from engine.export import export_model
     from engine.state.frozen_rows import freeze_rows
     from engine.state.objects import PerRank
     from engine.state.progress import Progress
 
-__all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress", "freeze_rows"]
+__all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress", "export_model", "freeze_rows"]
 
 _HOMES = {
     "Checkpointer": "engine.checkpointer",
     "ElasticSampler": "engine.data",
     "PerRank": "engine.state.objects",
     "Progress": "engine.state.progress",
+    "export_model": "engine.export",
     "freeze_rows": "engine.state.frozen_rows",
 }
 

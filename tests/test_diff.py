@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cli import diff, main, values
+from engine.cli import diff, main
 from engine.cli.changes import changes, same
 from engine.errors import CheckpointCorrupt
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import REPLICATED, Absent, Flat, Grid, Mesh, Part
 from engine.state.shard import torch_dtype
 from engine.storage import LocalStorage
+from engine.transfer import values
 from engine.transfer.stored import StoredCheckpoint
 from tests.layouts import flats, grids, shapes
 from tests.synthetic import RECORD, unsynced, with_fills, write_step

@@ -20,7 +20,11 @@ def test_listing_runs_and_the_writer_process_start_without_torch(module):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ENGINE)))
 def test_nothing_in_the_engine_can_unpickle(path):
-    """Loading never executes code from the checkpoint: there is no pickle, no torch.load, no eval to be reached."""
+    """Loading never executes code from the checkpoint: there is no pickle, no torch.load, no eval to be reached. An export may write with
+    torch.save; nothing here reads what it wrote."""
+    forbidden = {"torch.load", "torch.save", "torch.jit.load", "eval", "exec", "__import__", "np.load", "numpy.load"}
+    if path == ENGINE / "export.py":
+        forbidden -= {"torch.save"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert not {alias.name.split(".")[0] for alias in node.names} & _PICKLES, ast.unparse(node)
@@ -28,10 +32,7 @@ def test_nothing_in_the_engine_can_unpickle(path):
             assert (node.module or "").split(".")[0] not in _PICKLES, ast.unparse(node)
             assert node.module != "torch" or not {alias.name for alias in node.names} & {"load", "save"}, ast.unparse(node)
         elif isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in {"torch.load", "torch.save", "torch.jit.load", "eval", "exec", "__import__", "np.load", "numpy.load"}, ast.unparse(
-                node
-            )
+            assert ast.unparse(node.func) not in forbidden, ast.unparse(node)
 
 
 def test_every_error_is_one_of_the_tree_with_an_exit_code_of_its_own():

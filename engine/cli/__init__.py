@@ -1,4 +1,5 @@
-"""The ``engine`` command: looks at checkpoints. It never imports torch; each command imports what it needs, so that listing is instant."""
+"""The ``engine`` command: looks at checkpoints. Each command imports what it needs, so that listing is instant; none imports torch, but for an
+export to a file that torch writes."""
 
 import argparse
 import os
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="as A")
     diff.add_argument("--read", action="store_true", help="also read and verify what equal checksums say is equal")
     diff.set_defaults(run_command=_diff)
+
+    export = commands.add_parser("export", help="write a model of a step as an ordinary .safetensors or .pt file, every byte verified")
+    export.add_argument("target", help=HELP)
+    export.add_argument("file", help="ends in .safetensors (streamed), or in .pt, .pth or .bin (a dict of tensors, as torch.save writes it)")
+    export.add_argument("--member", metavar="NAME", help="which model, where the run has several")
+    export.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    export.set_defaults(run_command=_export)
     return parser
 
 
@@ -84,6 +92,13 @@ def _diff(args: argparse.Namespace) -> int:
     from engine.cli.diff import diff
 
     return diff(args.a, args.b, args.read)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from engine.cli.export import export
+
+    print(export(args.target, args.file, args.member, args.overwrite))
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Any
 from engine.cli.changes import changes
 from engine.cli.target import locate
 from engine.cli.text import printable, table
-from engine.cli.values import WINDOW_ELEMENTS, fill_value, gap, read_blocks, read_box
 from engine.errors import CheckpointCorrupt
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
@@ -15,6 +14,7 @@ from engine.format.manifest import Chunk
 from engine.format.record import decode_record
 from engine.state.boxes import Box, flat_to_boxes, intersect, part_box, shift, written_boxes
 from engine.transfer.stored import REMEDY, StoredCheckpoint
+from engine.transfer.values import WINDOW_ELEMENTS, fill_value, gap, read_blocks, read_box
 
 _RUN_BLOCKS = 16
 _SHOWN = 20
