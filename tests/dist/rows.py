@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine import Progress
+from engine_kernels import convert
 
 from tests.now import Checkpointer
 
@@ -34,39 +35,15 @@ class Whole(nn.Module):
         return F.cross_entropy(self.head(self.embed(ids[:, :-1])).flatten(0, 1), ids[:, 1:].flatten())
 
 
-class Rows(nn.Module):
-    """``weight`` in two parameters, and ``bias`` too where there is one."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.frozen = nn.Parameter(weight[:BASE].detach().clone(), requires_grad=False)
-        self.trainable = nn.Parameter(weight[BASE:].detach().clone())
-        self.row_parts = {"weight": ("frozen", "trainable")}
-        if bias is not None:
-            self.frozen_bias = nn.Parameter(bias[:BASE].detach().clone(), requires_grad=False)
-            self.trainable_bias = nn.Parameter(bias[BASE:].detach().clone())
-            self.row_parts["bias"] = ("frozen_bias", "trainable_bias")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = torch.cat([self.frozen, self.trainable])
-        if x.dtype == torch.int64:
-            return F.embedding(x, weight)
-        return F.linear(x, weight, torch.cat([self.frozen_bias, self.trainable_bias]))
-
-
-class Split(nn.Module):
-    def __init__(self, seed: int, rows: int = ROWS) -> None:
-        super().__init__()
-        whole = Whole(seed, rows)
-        self.embed, self.head = Rows(whole.embed.weight), Rows(whole.head.weight, whole.head.bias)
-
-    forward = Whole.forward
+def split(seed: int, rows: int = ROWS) -> nn.Module:
+    """The same with its first rows frozen: ``weight`` and ``bias`` in two parameters each."""
+    return convert(Whole(seed, rows), {"embed": BASE, "head": BASE})
 
 
 @contextlib.contextmanager
-def _built(engine: str, split: bool, seed: int, dtype: str, rows: int):
+def _built(engine: str, is_split: bool, seed: int, dtype: str, rows: int):
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    model = (Split if split else Whole)(seed, rows)
+    model = split(seed, rows) if is_split else Whole(seed, rows)
     world, rank = dist.get_world_size(), dist.get_rank()
     optimizer: Any = lambda: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)  # noqa: E731
 
@@ -117,17 +94,17 @@ def _built(engine: str, split: bool, seed: int, dtype: str, rows: int):
     yield (forward, made), plain_step
 
 
-def save(run: str, engine: str, split: bool, dtype: str = "fp32", rows: int = ROWS) -> list[float]:
-    with _built(engine, split, 0, dtype, rows) as (member, step):
+def save(run: str, engine: str, is_split: bool, dtype: str = "fp32", rows: int = ROWS) -> list[float]:
+    with _built(engine, is_split, 0, dtype, rows) as (member, step):
         for number in range(2):
             step(number)
         Checkpointer(run, member).save(Progress(step=2))
         return [step(2 + number) for number in range(2)]
 
 
-def load(run: str, engine: str, split: bool, dtype: str = "fp32", rows: int = ROWS, more: int = 2, **resume: Any) -> dict[str, Any]:
+def load(run: str, engine: str, is_split: bool, dtype: str = "fp32", rows: int = ROWS, more: int = 2, **resume: Any) -> dict[str, Any]:
     """The error, or the largest difference from what is stored, the next losses, and the vocabulary's weight with its first moment."""
-    with _built(engine, split, 1, dtype, rows) as (member, step):
+    with _built(engine, is_split, 1, dtype, rows) as (member, step):
         step(50)
         checkpointer = Checkpointer(run, member)
         before = _whole(checkpointer, "model.embed.weight")
