@@ -1,14 +1,11 @@
-"""Triton kernels run in its interpreter here: no GPU is needed. They read this when they are defined, so it is set before any is imported."""
+"""Each operation as it runs on the CPU, and its Triton kernels in the interpreter, for which tests/conftest.py has set the environment."""
 
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

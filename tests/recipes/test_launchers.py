@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,26 @@ def test_a_resume_without_a_run_exits_with_the_errors_code(tmp_path):
     found = start(sys.executable, str(ROOT / "recipes/causvid.py"), "--resume", "latest", cwd=tmp_path)
     assert found.returncode == 4
     assert "does not exist" in found.stderr
+
+
+@pytest.mark.timeout(200)
+def test_an_extended_vocabulary_under_deepspeed_is_killed_and_goes_on_in_plain_python(tmp_path):
+    prepared = start(sys.executable, str(ROOT / "recipes/prepare_amharic.py"), "--output-dir", "data/amharic", "--max-samples", "60", cwd=tmp_path)
+    assert prepared.returncode == 0, prepared.stderr
+    recipe = str(ROOT / "recipes/indextts_amharic.py")
+    flags = [recipe, "--batch-size", "2", "--log-interval", "1", "--save-interval", "2", "--resume", "auto"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29577", *flags, "--epochs", "50"]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    killed = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if " step 7 " in line:
+            break
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+
+    ended = start(sys.executable, *flags, "--engine", "ddp", "--batch-size", "4", "--epochs", "1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "[Info] Auto-resume: found checkpoint at" in ended.stdout
+    assert steps(ended.stdout)[0] in (5, 7, 9), "after a save that was committed when all died"
+    assert main(["verify", str(tmp_path / "runs/indextts_amharic"), "--all"]) == 0
