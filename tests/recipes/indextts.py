@@ -26,10 +26,10 @@ class Stopped(BaseException):
 
 
 def run(argv: list[str], stop_after: int | None = None, frozen_bytes: int | None = None) -> dict[str, Any]:
-    """What was told, which training pairs this rank was given in which order, and the error, if there was one. ``frozen_bytes``: from how
-    many on frozen weights get files of their own."""
+    """What was told, which training pairs this rank was given after how many steps of its own, and the error, if there was one.
+    ``frozen_bytes``: from how many on frozen weights get files of their own."""
     lines: list[str] = []
-    seen: list[str] = []
+    seen: list[tuple[int, str]] = []
     steps = 0
     step, get = indextts_amharic.train_step, Pairs.__getitem__
 
@@ -42,7 +42,7 @@ def run(argv: list[str], stop_after: int | None = None, frozen_bytes: int | None
 
     def noted(self: Pairs, index: int) -> dict[str, torch.Tensor]:
         if "train" in self.manifest.name:
-            seen.append(self.pairs[index].id)
+            seen.append((steps, self.pairs[index].id))
         return get(self, index)
 
     with pytest.MonkeyPatch.context() as patch:

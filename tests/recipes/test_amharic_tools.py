@@ -405,7 +405,8 @@ def smart_train(cwd: Path, child: str, *argv: object) -> subprocess.CompletedPro
     recipe = cwd / "child.py"
     recipe.write_text(child)
     command = [sys.executable, str(RECIPES / "smart_train_amharic.py"), "--recipe", str(recipe), *map(str, argv)]
-    return subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True, timeout=50)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # what it tells must come before the child
+    return subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=50)
 
 
 SAYS = "import sys; print('child', *sys.argv[1:])\n"

@@ -44,6 +44,9 @@ def test_an_extension_keeps_every_old_piece_and_score(base, extended):
         assert extended.id_to_piece(i) == base.id_to_piece(i)
         assert extended.get_score(i) == base.get_score(i)
     assert len({extended.id_to_piece(i) for i in range(600)}) == 600
+    new = [extended.get_score(i) for i in range(300, 600)]
+    assert new == sorted(set(new), reverse=True)
+    assert new[0] < min(base.get_score(i) for i in range(300))
     tokenizer.check_extends(base, extended)
 
 
