@@ -217,7 +217,6 @@ def train(args: argparse.Namespace, begin: Start, what: str, world: World, journ
         if args.check_resume:
             journal.line(f"largest difference of any restored tensor: {ckpt.max_difference()}")
     world.ranks.first("open the run's folder", lambda: open_run(args, progress, len(pairs), global_batch, journal))
-    metrics = dict(progress.metrics)
     loader = DataLoader(pairs, batch_sampler=sampler, collate_fn=list, generator=torch.Generator())
     while progress.epoch < args.epochs:
         for samples in loader:
@@ -228,12 +227,13 @@ def train(args: argparse.Namespace, begin: Start, what: str, world: World, journ
             if progress.step % args.log_interval == 0 or ends:
                 text, mel = summed(losses, world).tolist()
                 journal.losses(epoch=progress.epoch + (not ends), step=progress.step, text_loss=text, mel_loss=mel)
-            if progress.step % args.val_interval == 0 or ends:
+            saves = progress.step % args.save_interval == 0 or ends
+            if progress.step % args.val_interval == 0 or saves:
                 metrics = validate(model, held_out, args, world)
                 journal.losses(epoch=progress.epoch + (not ends), step=progress.step, **metrics)
-            if progress.step % args.save_interval == 0 or ends:
-                recent.add(step_name(progress.step))
-                ckpt.save(progress, metrics=metrics or validate(model, held_out, args, world))
+                if saves:
+                    recent.add(step_name(progress.step))
+                    ckpt.save(progress, metrics=metrics)
     ckpt.close()
 
 
@@ -293,7 +293,7 @@ def make_parser() -> RecipeParser:
     flag("--mel_loss_weight", type=float, default=0.6)
     flag("--warmup_steps", type=not_negative, default=10)
     flag("--log_interval", type=positive, default=5, help="steps between two log lines")
-    flag("--val_interval", type=positive, default=50, help="steps between two validations, besides those at an epoch's end")
+    flag("--val_interval", type=positive, default=50, help="steps between two validations, besides those at each checkpoint")
     flag("--save_interval", type=positive, default=50, help="steps between two checkpoints, besides those at an epoch's end")
     flag("--keep_checkpoints", type=positive, default=3, metavar="N", help="the newest N are kept")
     flag("--amp", action="store_true", help="compute in a lower precision")
