@@ -58,7 +58,9 @@ def make_network(args: argparse.Namespace, world: World, journal: Journal, *, fr
     torch.manual_seed(args.seed)
     network = IndexTTS(replace(PRESETS[args.preset], text_vocab=args.text_vocab))
     if fresh and args.base_checkpoint:
-        left_out = load_base(network, read_state(args.base_checkpoint), args.base_vocab_size)
+        left_out: list[str] = []
+        act = lambda: left_out.extend(load_base(network, read_state(args.base_checkpoint), args.base_vocab_size))  # noqa: E731
+        world.ranks.gather("load the base checkpoint", act)
         journal.line(f"[Info] Loaded base checkpoint {args.base_checkpoint}" + (f"; left out: {', '.join(left_out)}" if left_out else ""))
     network.to(world.device)
     if args.text_vocab > args.base_vocab_size:
@@ -397,6 +399,11 @@ def resolved(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+def check_tokenizer(args: argparse.Namespace, text_vocab: int, world: World) -> None:
+    if args.text_vocab != text_vocab:
+        raise UsageError(f"{args.tokenizer} has {args.text_vocab} pieces on rank {world.rank}, {text_vocab} on rank 0: it must be the same file")
+
+
 def run(argv: Sequence[str], world: World) -> None:
     """Rank 0 reads and looks up; all go by what it found: files may differ between machines, or change meanwhile."""
     journal = Journal(speaks=world.rank == 0)
@@ -408,9 +415,8 @@ def run(argv: Sequence[str], world: World) -> None:
 
     try:
         tokens, text_vocab, base, step, what = world.ranks.first("read the settings and find the checkpoint", read)
-        args = resolved(make_parser().parse_args([*tokens, f"--base_vocab_size={base}"]))
-        if args.text_vocab != text_vocab:
-            raise UsageError(f"{args.tokenizer} has {args.text_vocab} pieces on rank {world.rank}, {text_vocab} on rank 0: it must be the same file")
+        args = make_parser().parse_args([*tokens, f"--base_vocab_size={base}"])
+        world.ranks.gather("read the tokenizer", lambda: check_tokenizer(resolved(args), text_vocab, world))
         train(args, Start(args.output_dir, Path(step) if step else None), what, world, journal)
     finally:
         journal.close()

@@ -103,6 +103,9 @@ def test_the_figures_are_those_of_the_committed_results():
 
 def test_the_page_on_extended_vocabularies_has_the_committed_figures():
     frozen, page = figures("frozen_vocab"), (README.parent / "docs/extended-vocabulary.md").read_text(encoding="utf-8")
-    for row, prefix, drift in (("`convert`", "", "frozen_drift"), ("PEFT's trainable tokens", "peft_", "peft_drift")):
+    rows = [("`convert`", "", "frozen_drift"), ("PEFT's trainable tokens", "peft_", "peft_drift")]
+    rows.append(("the hook under `torch.compile`", "compiled_", "compiled_drift"))
+    assert f"| gradient hook | 1 | 1 | 1 | 1 | {frozen['hook_drift']:.1e} |" in page
+    for row, prefix, drift in rows:
         ratios = [frozen[f"{prefix}{what}_{tokens}_over_hook"] for what in ("peak", "seconds") for tokens in (1024, 4096)]
         assert f"| {row} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + f" | {frozen[drift]:.1e} |" in page

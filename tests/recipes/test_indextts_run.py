@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.pool import Pools
+from engine import catalog
 from engine.export import export_model
+from engine.format.record import decode_record
 from recipes import indextts_amharic, prepare_amharic
 from recipes.lib.indextts import PRESETS, TEXT_TABLES, IndexTTS
 from tests.recipes import indextts
@@ -59,6 +61,11 @@ def exported(run: Path, file: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def objects(run: Path) -> dict[str, Any]:
+    """What the latest step has of members that are no models."""
+    return decode_record(catalog.read_manifest(*catalog.find(run, "latest")).record)["objects"]
+
+
 def test_a_run_on_other_ranks_with_other_batches_repeats_and_skips_nothing(pools: Pools, data, base, whole, tmp_path):
     """Stopped at a random step of the second epoch on two ranks, two steps later on one, and then on three to the end."""
     assert whole[1][0]["steps"] == 8
@@ -75,6 +82,9 @@ def test_a_run_on_other_ranks_with_other_batches_repeats_and_skips_nothing(pools
     assert len(set(everything)) * EPOCHS == len(everything)
     assert sorted(seen) == everything
     assert any("Successfully resumed" in line for line in third[0]["lines"])
+    assert "[Info]    Recent checkpoints: 3" in third[0]["lines"], "those of the runs before it"
+    assert "[Info] --batch_size is 2, was 5: the command line's counts" in third[0]["lines"]
+    assert len(list((tmp_path / "run/logs").glob("run_*/events*"))) == 3, "TensorBoard has each start"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,10 @@ def test_a_resume_on_as_many_ranks_is_as_if_nothing_had_stopped_it(pools: Pools,
     assert not again["error"], again["error"]
     saved = next(i for i, line in enumerate(whole["losses"]) if " step 5 " in line)  # the last save was at step 4
     assert first["losses"][:saved] + again["losses"] == whole["losses"]
+    scalers = [objects(tmp_path / run).get("scaler") for run in ("whole", "run")]
+    assert scalers[0] == scalers[1]
+    assert (scalers[0] is not None) == (more.get("amp_dtype") == "float16")
+    assert scalers[0] is None or scalers[0]["_growth_tracker"] > 4, "it has counted the steps before the resume too"
     banners = [[line for line in told["lines"] if "Extended Vocab Fix" in line] for told in (whole, again)]
     assert len(banners[0]) == len(banners[1]) == 6, "on every start"
     state, given = exported(tmp_path / "run", tmp_path / "model.safetensors"), load_file(base)
@@ -99,6 +113,16 @@ def test_a_resume_on_as_many_ranks_is_as_if_nothing_had_stopped_it(pools: Pools,
         assert not torch.equal(state[name][BASE:], given[name][BASE - 1 :][:1].expand_as(state[name][BASE:])), name
     losses = [float(line.split("val_loss ")[1]) for line in whole["losses"] if "val_loss" in line]
     assert losses[-1] < losses[0], "text that it was not trained on is predicted better"
+
+
+def test_another_learning_rate_counts_from_the_resume_on(pools: Pools, data, base, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    same, other = (pools[2].run(indextts.run, arguments(data, base, run, resume="step:6", learning_rate=lr))[0] for lr in (5e-4, 5e-2))
+    assert same["losses"] == whole[1][0]["losses"][-len(same["losses"]) :]
+    assert "[Info] --learning_rate is 0.05, was 0.0005: the command line's counts" in other["lines"]
+    assert other["losses"][0] == same["losses"][0], "before the first step with it"
+    assert other["losses"][1:] != same["losses"][1:]
 
 
 def test_frozen_rows_are_on_the_disk_once(pools: Pools, data, base, tmp_path):
