@@ -22,14 +22,14 @@ from engine.events import sink_of
 from engine.format.checksum import digest
 from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, new_holder, step_name
-from engine.format.record import encode_record
+from engine.format.record import encode_packed, encode_record, pack_record
 from engine.loading import Loading
 from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
 from engine.planning import GlobalPlan, Plans
 from engine.saving import OnFailure, Save, Saves, watch_steps
 from engine.state.members import Members
-from engine.state.progress import Monitor, Progress, capture_rng, derive_rng, restore_rng
+from engine.state.progress import History, Monitor, Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
 from engine.storage import LocalStorage
 from engine.sync import current_ranks
@@ -70,7 +70,7 @@ class _Captured:
     progress: Progress
     shards: list[Shard]
     stepped: frozenset[str]
-    record: bytes
+    record: Any
     own_record: bytes
     alike: dict[str, Any]
     digests: Digests
@@ -128,6 +128,7 @@ class Checkpointer:
         self._config = dict(config or {})
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._monitor = Monitor(monitor, mode) if monitor is not None else None
+        self._history = History(self._monitor)
         self._names: Names = names
         self._max_in_flight = max_in_flight
         self._ranks = current_ranks(timeout_seconds)
@@ -274,7 +275,7 @@ class Checkpointer:
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
         if self._spoiled:
             raise UsageError(f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving")
-        plain = progress.plain(metrics, self._monitor)
+        plain = self._history.take_in(progress, metrics)
         shards, stepped = self._members.capture()
         plan = self._plan_of(shards)
         models, objects, own = self._members.records()
@@ -284,9 +285,9 @@ class Checkpointer:
             "have other optimizer settings, schedules or counters": digest(encode_record(models)),
             "have another state of " + " and ".join(objects): digest(encode_record(objects)),
         }
-        record = {"progress": msgspec.to_builtins(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
+        record = {"progress": self._history.record(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
         own_record = encode_record({"rng": capture_rng(), "objects": own})
-        return _Captured(plain, shards, stepped, encode_record(record), own_record, alike, self._digests(plan, shards), plan)
+        return _Captured(plain, shards, stepped, pack_record(record), own_record, alike, self._digests(plan, shards), plan)
 
     def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> Digests:
         if self._ranks.world_size == 1:
@@ -313,7 +314,7 @@ class Checkpointer:
             tensors=len(plan.listed),
             size_bytes=size_bytes,
         )
-        return Manifest(summary, plan.listed, self._members.aliases(), tuple(indexes), captured.record)
+        return Manifest(summary, plan.listed, self._members.aliases(), tuple(indexes), encode_packed(captured.record))
 
     # ------------------------------------------------------------------ load
 
@@ -420,7 +421,8 @@ class Checkpointer:
         return opened[0]
 
     def _go_on(self, load: Loading, root: str, folder: str) -> None:
-        """The last of a resume: the line of training that saves go on, then random state."""
+        """The last of a resume: the line of training and the history that saves go on, then random state."""
+        self._history.adopt(load.progress)
         if self._ranks.rank == 0:
             own_run = os.path.realpath(root) == os.path.realpath(self._storage.root)
             self._lineage = catalog.lineage_after(self._storage, folder if own_run else None, _line_name())

@@ -202,6 +202,26 @@ def test_progress_that_no_resume_could_read_is_refused_by_the_save(tmp_path, met
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(("step", ".step"))]
 
 
+@pytest.mark.parametrize("where", ["metrics", "history"])
+def test_a_name_of_a_metric_that_is_no_text_is_refused_by_the_save(tmp_path, where):
+    metrics, history = ({"\ud800": 1.0}, []) if where == "metrics" else ({}, [{"\ud800": 1.0}])
+    with pytest.raises(UsageError, match=r"entry 0 of the history has a name that UTF-8 cannot carry .*ud800"):
+        Checkpointer(tmp_path, model(0)).save(Progress(step=1, history=history), metrics=metrics)
+
+
+def test_a_resumed_run_saves_the_entries_that_it_resumed(tmp_path):
+    progress, checkpointer = Progress(), Checkpointer(tmp_path, model(0))
+    for progress.step in (1, 2, 3):
+        checkpointer.save(progress, metrics={"loss": 0.5})
+    again = Checkpointer(tmp_path, model(1))
+    resumed = again.resume()
+    before = list(resumed.history)
+    resumed.step = 4
+    again.save(resumed, metrics={"loss": 0.25})
+    assert all(a is b for a, b in zip(resumed.history, before, strict=False)), "checked again"
+    assert Checkpointer(tmp_path, model(2)).resume() == resumed
+
+
 def test_numpy_numbers_are_taken_as_numbers(tmp_path):
     import numpy as np
 

@@ -36,9 +36,35 @@ class Array(Struct, frozen=True, array_like=True):
     data: bytes
 
 
+class EncodedList:
+    """Stands for a list of ``count`` values, which are encoded already: the first ``size`` bytes of ``items``."""
+
+    def __init__(self, count: int, items: bytearray, size: int) -> None:
+        self._count, self._items, self._size = count, items, size
+
+    def encode(self) -> bytes:
+        if self._count < 16:
+            header = bytes([0x90 | self._count])
+        elif self._count < 1 << 16:
+            header = struct.pack(">BH", 0xDC, self._count)
+        else:
+            header = struct.pack(">BI", 0xDD, self._count)
+        return header + self._items[: self._size]
+
+
 def encode_record(value: Any) -> bytes:
-    """Raises :class:`UsageError` naming the path of a value that no record can hold."""
-    return msgspec.msgpack.encode(_pack(value, "record", 0))
+    """Encode ``value``. Raises :class:`UsageError` naming the path of what a record cannot hold."""
+    return encode_packed(pack_record(value))
+
+
+def pack_record(value: Any) -> Any:
+    """Return a copy of ``value`` for :func:`encode_packed`. Raises :class:`UsageError` as :func:`encode_record` does."""
+    return _pack(value, "record", 0)
+
+
+def encode_packed(packed: Any) -> bytes:
+    """Encode what :func:`pack_record` returned, perhaps in a different thread."""
+    return msgspec.msgpack.encode(packed, enc_hook=lambda value: msgspec.Raw(value.encode()))
 
 
 def decode_record(data: bytes) -> Any:
@@ -78,7 +104,7 @@ def _pack(value: Any, path: str, depth: int) -> Any:
         return msgspec.msgpack.Ext(_COMPLEX, struct.pack("<dd", value.real, value.imag))
     if type(value) is list:
         if value and all(type(v) is str for v in value) and "".join(value).isascii():  # names, by the thousand
-            return value
+            return value.copy()
         return [_pack(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
     if isinstance(value, tuple):
         return msgspec.msgpack.Ext(_TUPLE, msgspec.msgpack.encode([_pack(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]))
@@ -91,6 +117,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
             if type(key) is str:
                 _text(key, f"a key of {path}")
         return {k: _pack(v, f"{path}[{k!r}]", depth + 1) for k, v in value.items()}
+    if type(value) is EncodedList:
+        return value
     if isinstance(value, Reference | Array):
         return msgspec.msgpack.Ext(_REFERENCE if isinstance(value, Reference) else _ARRAY, msgspec.msgpack.encode(value))
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy scalars and 0-d tensors

@@ -1,15 +1,18 @@
 """How far a run is, and the random state of each rank."""
 
+import math
 import operator
 import random
+from array import array
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 import torch
 
 from engine.errors import UsageError
+from engine.format.record import EncodedList
 
 
 class Best(msgspec.Struct):
@@ -26,6 +29,8 @@ class Progress(msgspec.Struct):
     A save keeps the rest: ``metrics``, the latest value of each; ``history``, an entry for each save that was given metrics, with
     its ``epoch`` and ``step``; ``best`` and ``stale``, with a monitor: the best value, and how many values in a row have not bettered
     it (for early stopping). ``wandb_run_id`` is for a tracker to go on under the same id.
+
+    ``history`` may be assigned to, appended to, and have its entries replaced. An entry itself does not change once it is saved.
     """
 
     epoch: int = 0
@@ -41,26 +46,6 @@ class Progress(msgspec.Struct):
         """One optimizer step is done; all ranks together consumed ``samples`` for it."""
         self.step += 1
         self.samples += samples
-
-    def plain(self, metrics: Mapping[str, float], monitor: "Monitor | None" = None) -> "Progress":
-        """A copy in plain Python numbers, with ``metrics`` taken in. Raises :class:`UsageError` naming what is no number, or that the
-        monitored metric is not among those given."""
-        try:
-            epoch, step, samples = (operator.index(n) for n in (self.epoch, self.step, self.samples))
-            given = {str(k): float(v) for k, v in metrics.items()}
-            known = {str(k): float(v) for k, v in self.metrics.items()}
-            history = [{str(k): float(v) for k, v in entry.items()} for entry in self.history]
-        except (TypeError, ValueError, AttributeError) as e:
-            raise UsageError(f"progress takes whole numbers for epoch, step and samples, and numbers for metrics and history: {e}") from e
-        if min(epoch, step, samples) < 0:
-            raise UsageError(f"progress cannot be negative: epoch {epoch}, step {step}, samples {samples}")
-        if given:
-            history = [entry for entry in history if entry.get("step") != step]  # a step that is saved again
-            history.append({"epoch": float(epoch), "step": float(step), **given})
-        made = Progress(epoch, step, samples, {**known, **given}, history, wandb_run_id=str(self.wandb_run_id))
-        if monitor is not None and (given or monitor.metric in known):
-            monitor.judge(made)
-        return made
 
     def take(self, other: "Progress") -> None:
         """Become ``other``, in place."""
@@ -78,24 +63,126 @@ class Monitor(msgspec.Struct, frozen=True):
         if self.mode not in ("min", "max"):
             raise UsageError(f"mode is {self.mode!r}; it says whether the best {self.metric} is the smallest or the largest: 'min' or 'max'")
 
-    def judge(self, progress: Progress) -> None:
-        """Set ``best`` and ``stale`` from the history. Raises :class:`UsageError` if the metric was never given."""
-        if self.metric not in progress.metrics:
-            raise UsageError(
-                f"monitor={self.metric!r} is not among the metrics {sorted(progress.metrics)} of this save; give it: save(progress, metrics={{...}})"
-            )
-        progress.best, progress.stale = None, 0
-        for entry in progress.history:
-            value = entry.get(self.metric)
-            if value is None:
-                continue
-            if value == value and (progress.best is None or self.is_better(value, progress.best.value)):
-                progress.best, progress.stale = Best(value, int(entry.get("step", 0)), int(entry.get("epoch", 0))), 0
-            else:
-                progress.stale += 1
-
     def is_better(self, value: float, than: float) -> bool:
         return value < than if self.mode == "min" else value > than
+
+
+class Entry(dict[str, float]):
+    """An entry of the history that has been checked. It cannot change, so that at a later save the same
+    object needs no check.
+    """
+
+    __slots__ = ()
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("an entry of the history does not change once it is saved; replace it: history[i] = {**history[i], name: value}")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Entry, (dict(self),)
+
+
+class History:
+    """The history as of the last save, its entries checked, encoded and judged: a save does this for
+    new entries only.
+
+    ``_entries`` and the arrays have an item for each entry. What an array has is of the history up to
+    and including that entry.
+    """
+
+    def __init__(self, monitor: Monitor | None = None) -> None:
+        self._monitor = monitor
+        self._entries: list[dict[str, float]] = []  # each an Entry
+        self._encoded = bytearray()  # grows only
+        self._ends = array("q")  # of the bytes in _encoded
+        self._latest = array("d")  # the largest step
+        self._best = array("q")  # the index of the best entry, or -1
+        self._stale = array("q")
+
+    def take_in(self, progress: Progress, metrics: Mapping[str, float]) -> Progress:
+        """Return a copy of ``progress`` in plain Python numbers, with ``metrics`` taken in.
+
+        Raises :class:`UsageError` naming what is not a number, or that the monitored metric is not
+        among those given.
+        """
+        try:
+            epoch, step, samples = (operator.index(n) for n in (progress.epoch, progress.step, progress.samples))
+            given = _numbers(metrics)
+            known = _numbers(progress.metrics)
+            self._follow(list(progress.history))
+        except (TypeError, ValueError, AttributeError) as e:
+            raise UsageError(f"progress takes whole numbers for epoch, step and samples, and numbers for metrics and history: {e}") from e
+        if min(epoch, step, samples) < 0:
+            raise UsageError(f"progress cannot be negative: epoch {epoch}, step {step}, samples {samples}")
+        if given:
+            if self._latest and step <= self._latest[-1]:  # a step that is saved again, perhaps
+                self._follow([entry for entry in self._entries if entry.get("step") != step])
+            self._append(Entry({"epoch": float(epoch), "step": float(step), **given}))
+        taken = Progress(epoch, step, samples, {**known, **given}, self._entries.copy(), wandb_run_id=str(progress.wandb_run_id))
+        if self._monitor is not None and (given or self._monitor.metric in known):
+            self._judge(taken, self._monitor)
+        return taken
+
+    def adopt(self, progress: Progress) -> None:
+        """Go on from a resumed ``progress``, so that the first save does not check all of its history."""
+        self._follow(progress.history)
+        progress.history = self._entries.copy()
+
+    def record(self, progress: Progress) -> dict[str, Any]:
+        """Return what a record holds of ``progress``, which :meth:`take_in` has just returned."""
+        plain = msgspec.to_builtins(msgspec.structs.replace(progress, history=[]))
+        return {**plain, "history": EncodedList(len(self._entries), self._encoded, len(self._encoded))}
+
+    def _follow(self, history: list[dict[str, float]]) -> None:
+        """Hold ``history``: what it begins with is kept as far as it is the same."""
+        count = min(len(self._entries), len(history))
+        if not all(map(operator.is_, self._entries, history)):
+            count = next(i for i in range(count) if self._entries[i] is not history[i])
+        if count < len(self._entries):
+            for column in (self._entries, self._ends, self._latest, self._best, self._stale):
+                del column[count:]
+            self._encoded = self._encoded[: self._ends[-1] if count else 0]  # a copy: saves in flight have the other
+        for entry in history[count:]:
+            self._append(Entry(_numbers(entry)))
+
+    def _append(self, entry: Entry) -> None:
+        count = len(self._entries)
+        try:
+            encoded = msgspec.msgpack.encode(entry)
+        except UnicodeEncodeError as e:
+            raise UsageError(f"entry {count} of the history has a name that UTF-8 cannot carry ({e.reason}): {list(entry)!a}") from e
+        self._encoded += encoded
+        self._entries.append(entry)
+        self._ends.append(len(self._encoded))
+        latest, best, stale = (self._latest[-1], self._best[-1], self._stale[-1]) if count else (-math.inf, -1, 0)
+        step = entry.get("step", latest)
+        self._latest.append(step if step > latest else latest)
+        value = entry.get(self._monitor.metric) if self._monitor is not None else None
+        if self._monitor is not None and value is not None:
+            if value == value and (best < 0 or self._monitor.is_better(value, self._entries[best][self._monitor.metric])):
+                best, stale = count, 0
+            else:
+                stale += 1
+        self._best.append(best)
+        self._stale.append(stale)
+
+    def _judge(self, progress: Progress, monitor: Monitor) -> None:
+        """Set ``best`` and ``stale`` of what :meth:`take_in` returns."""
+        if monitor.metric not in progress.metrics:
+            raise UsageError(
+                f"monitor={monitor.metric!r} is not among the metrics {sorted(progress.metrics)} of this save; "
+                "give it: save(progress, metrics={...})"
+            )
+        if self._entries:
+            progress.stale = self._stale[-1]
+            if self._best[-1] >= 0:
+                entry = self._entries[self._best[-1]]
+                progress.best = Best(entry[monitor.metric], int(entry.get("step", 0)), int(entry.get("epoch", 0)))
+
+
+def _numbers(given: Mapping[str, float]) -> dict[str, float]:
+    return {str(k): float(v) for k, v in given.items()}
 
 
 def capture_rng() -> dict[str, Any]:
