@@ -143,6 +143,7 @@ def _forget() -> None:
     """What is timed begins as in a new process: boxes that other ranks here have computed are none of its business."""
     boxes._held_boxes.cache_clear()
     boxes._writers.cache_clear()
+    boxes._tiling_problem.cache_clear()
     reads.sources.cache_clear()
 
 

@@ -163,6 +163,21 @@ def _is_only_empty(grid: Grid, place: Box, position: int) -> bool:
     return place.numel == 0 and all(i == 0 for i, d in zip(unravel(position, grid.mesh.shape), grid.dims, strict=True) if d != REPLICATED)
 
 
+def held_numel(tensor: LogicalTensor, part: Part, rank: int) -> int:
+    """How many elements of ``part`` ``rank`` holds."""
+    layout = part.layout
+    if isinstance(layout, Flat):
+        start, stop = held_interval(tensor, part, layout, rank)
+        return stop - start
+    return sum(box.numel for box in _held_boxes(tensor.shape, part, rank))
+
+
+def held_interval(tensor: LogicalTensor, part: Part, layout: Flat, rank: int) -> tuple[int, int]:
+    """The elements [start, stop) of ``part``, laid out flat, that ``rank`` holds."""
+    position = layout.mesh.position_of(rank)
+    return (0, 0) if position is None else flat_interval(layout, math.prod(part.sizes or tensor.shape), position)
+
+
 def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     """The boxes that ``rank`` writes: what it holds, where it is the assigned writer."""
     layout = part.layout
@@ -230,41 +245,46 @@ def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> Iterator[int]:
 
 def check_tiling(tensor: LogicalTensor) -> None:
     """Raises :class:`LayoutError` unless the parts tile the tensor and each part's rule covers all of it."""
-    places = [part_box(tensor, part) for part in tensor.parts]
-    if any(len(part.offsets) != len(part.sizes) for part in tensor.parts):
-        raise LayoutError(f"{tensor.name}: a part has not as many offsets as sizes")
-    if len(places) == 1 and not tensor.parts[0].sizes:
-        _check_rule(tensor, tensor.parts[0], places[0])
-        return
+    problem = _tiling_problem(tensor.shape, tensor.parts)
+    if problem:
+        raise LayoutError(f"{tensor.name}: {problem}")
+
+
+@lru_cache(maxsize=256)  # ten thousand tensors share a few dozen; few, because parts may list thousands of ranks
+def _tiling_problem(shape: tuple[int, ...], parts: tuple[Part, ...]) -> str:
+    """Why the parts do not tile a tensor of this shape; empty where they do."""
+    places = [_place(shape, part) for part in parts]
+    if any(len(part.offsets) != len(part.sizes) for part in parts):
+        return "a part has not as many offsets as sizes"
+    if len(places) == 1 and not parts[0].sizes:
+        return _rule_problem(parts[0].layout, places[0])
     for place in places:
-        fits = len(place.sizes) == len(tensor.shape) and all(
-            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(place.offsets, place.sizes, tensor.shape, strict=True)
+        fits = len(place.sizes) == len(shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(place.offsets, place.sizes, shape, strict=True)
         )
         if not fits:
-            raise LayoutError(f"{tensor.name}: a part at {place.offsets} of size {place.sizes} is outside its shape {tensor.shape}")
+            return f"a part at {place.offsets} of size {place.sizes} is outside its shape {shape}"
     for i, a in enumerate(places):
         for b in places[i + 1 :]:
             if intersect(a, b) is not None:
-                raise LayoutError(f"{tensor.name}: its parts at {a.offsets} and {b.offsets} overlap")
-    if sum(place.numel for place in places) != math.prod(tensor.shape):
-        raise LayoutError(f"{tensor.name}: its parts cover {sum(p.numel for p in places)} of {math.prod(tensor.shape)} elements")
-    for part, place in zip(tensor.parts, places, strict=True):
-        _check_rule(tensor, part, place)
+                return f"its parts at {a.offsets} and {b.offsets} overlap"
+    if sum(place.numel for place in places) != math.prod(shape):
+        return f"its parts cover {sum(p.numel for p in places)} of {math.prod(shape)} elements"
+    problems = (_rule_problem(part.layout, place) for part, place in zip(parts, places, strict=True))
+    return next(filter(None, problems), "")
 
 
-def _check_rule(tensor: LogicalTensor, part: Part, place: Box) -> None:
-    layout = part.layout
+def _rule_problem(layout: Layout, place: Box) -> str:
     if isinstance(layout, Absent):
-        return
+        return ""
     if not layout.mesh.is_sound:
-        raise LayoutError(f"{tensor.name}: a mesh of shape {layout.mesh.shape} whose ranks are not one a position")
+        return f"a mesh of shape {layout.mesh.shape} whose ranks are not one a position"
     if isinstance(layout, Flat):
         room = layout.chunk * layout.mesh.size - layout.start
         if layout.start < 0 or layout.chunk < 1 or room < place.numel:
-            raise LayoutError(
-                f"{tensor.name}: {place.numel} elements at {layout.start} do not fit a flat buffer of {layout.mesh.size} chunks of {layout.chunk}"
-            )
+            return f"{place.numel} elements at {layout.start} do not fit a flat buffer of {layout.mesh.size} chunks of {layout.chunk}"
     elif len(layout.dims) != len(layout.mesh.shape) or any(d != REPLICATED and not 0 <= d < len(place.sizes) for d in layout.dims):
-        raise LayoutError(f"{tensor.name}: mesh {layout.mesh.shape} cannot cut dimensions {layout.dims} of {place.sizes}")
+        return f"mesh {layout.mesh.shape} cannot cut dimensions {layout.dims} of {place.sizes}"
     elif not ANY <= layout.writer < holders(layout):
-        raise LayoutError(f"{tensor.name}: writer {layout.writer} is none of the {holders(layout)} that hold a piece")
+        return f"writer {layout.writer} is none of the {holders(layout)} that hold a piece"
+    return ""

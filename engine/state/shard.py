@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from engine.errors import LayoutError, UsageError
 from engine.format.layout import Flat, LogicalTensor, Part
-from engine.state.boxes import Box, flat_start, held_boxes, part_box, shift
+from engine.state.boxes import Box, flat_start, held_boxes, held_interval, held_numel, part_box, shift
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -69,12 +69,11 @@ def _inside(inner: Box, outer: Box) -> bool:
 def _view(tensor: LogicalTensor, part: Part, local: torch.Tensor, box: Box, rank: int) -> torch.Tensor:
     if local.shape == box.sizes:  # a box this large can only be all that is held
         return local
-    inner = shift(box, part.offsets, -1)
-    origin = shift(held_boxes(tensor, part, rank)[0], part.offsets, -1)
-    if isinstance(part.layout, Flat):
-        sizes = part.sizes or tensor.shape
-        begin = flat_start(sizes, inner.offsets) - flat_start(sizes, origin.offsets)
+    inner, layout = shift(box, part.offsets, -1), part.layout
+    if isinstance(layout, Flat):
+        begin = flat_start(part.sizes or tensor.shape, inner.offsets) - held_interval(tensor, part, layout, rank)[0]
         return local.narrow(0, begin, inner.numel).view(inner.sizes)
+    origin = shift(held_boxes(tensor, part, rank)[0], part.offsets, -1)
     for dim, (offset, base, size) in enumerate(zip(inner.offsets, origin.offsets, inner.sizes, strict=True)):
         local = local.narrow(dim, offset - base, size)
     return local
@@ -83,16 +82,20 @@ def _view(tensor: LogicalTensor, part: Part, local: torch.Tensor, box: Box, rank
 def check_shard(shard: Shard, rank: int) -> None:
     """Raises :class:`LayoutError` unless the live views are as large as the layout rule says they must be."""
     for part, local in zip(shard.tensor.parts, shard.locals, strict=True):
-        expected = sum(box.numel for box in held_boxes(shard.tensor, part, rank))
+        expected = held_numel(shard.tensor, part, rank)
         found = 0 if local is None else local.numel()
         if expected != found:
             raise LayoutError(
                 f"rank {rank}: {shard.name} of shape {shard.tensor.shape} should have {expected} elements here by its layout, but {found} are live. "
                 "The engine lays its state out in a way this version does not know"
             )
-        if local is not None and any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+        if local is not None and not (found and local.is_contiguous()) and _is_expanded(local):
             raise LayoutError(
                 f"rank {rank}: {shard.name} is an expanded view, whose elements share memory and cannot be filled; make it .contiguous()"
             )
         if local is not None and dtype_name(local.dtype) != (part.narrow or shard.tensor.dtype):
             raise LayoutError(f"rank {rank}: {shard.name} is {local.dtype} here, {shard.tensor.dtype} by its description")
+
+
+def _is_expanded(local: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True))
