@@ -4,6 +4,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import repeat
 
 from msgspec.structs import replace
 
@@ -20,7 +21,17 @@ CUT_BYTES = 8 * 1024 * 1024
 def assign_writers(tensors: Iterable[LogicalTensor]) -> tuple[LogicalTensor, ...]:
     """Give every replicated part its writer, spreading bytes over the ranks that hold it; leave assigned ones as they are."""
     loads: dict[int, list[tuple[int, int]]] = {}  # holders -> heap of (bytes so far, holder)
-    return tuple(_assign(tensor, loads) for tensor in tensors)
+    known: dict[tuple[object, ...], tuple[Part, ...]] = {}  # of tensors that add to no load: most share a few shapes and layouts
+    assigned = []
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.shape, tensor.parts)
+        parts = known.get(kind)
+        if parts is None:
+            parts = _assign(tensor, loads)
+            if not any(map(_adds_load, tensor.parts, repeat(tensor))):
+                known[kind] = parts
+        assigned.append(LogicalTensor(tensor.name, tensor.dtype, tensor.shape, parts))
+    return tuple(assigned)
 
 
 Frozen = tuple[str, tuple[int, ...]]
@@ -33,6 +44,8 @@ FROZEN_BYTES = 1024 * 1024
 def place_frozen(tensors: Sequence[LogicalTensor], frozen: AbstractSet[Frozen], world_size: int) -> tuple[LogicalTensor, ...]:
     """Tensors with writers, of which the parts in ``frozen`` (by tensor and offsets) go to the further writers from ``world_size`` on: what
     a rank writes of them lies in files of their own."""
+    if not frozen:
+        return tuple(tensors)
     if sum(part_bytes(tensor, part) for tensor in tensors for part in tensor.parts if (tensor.name, part.offsets) in frozen) < FROZEN_BYTES:
         return tuple(tensors)
     return tuple(_placed(tensor, frozen, world_size) for tensor in tensors)
@@ -59,20 +72,28 @@ def is_frozen(tensor: LogicalTensor, world_size: int) -> bool:
     return any(not isinstance(part.layout, Absent) and part.layout.mesh.rank_at(0) >= world_size for part in tensor.parts)
 
 
-def _assign(tensor: LogicalTensor, loads: dict[int, list[tuple[int, int]]]) -> LogicalTensor:
+def _adds_load(part: Part, tensor: LogicalTensor) -> bool:
+    """Whether the writer depends on what other tensors have been given."""
+    layout = part.layout
+    return isinstance(layout, Grid) and layout.writer == ANY and _holders(layout) > 1 and part_bytes(tensor, part) >= SMALL_BYTES
+
+
+def _holders(layout: Grid) -> int:
+    return math.prod(n for d, n in zip(layout.dims, layout.mesh.shape, strict=True) if d == REPLICATED)
+
+
+def _assign(tensor: LogicalTensor, loads: dict[int, list[tuple[int, int]]]) -> tuple[Part, ...]:
     parts = []
     for part in tensor.parts:
         layout = part.layout
         if isinstance(layout, Grid) and layout.writer == ANY:
-            holders = math.prod(n for d, n in zip(layout.dims, layout.mesh.shape, strict=True) if d == REPLICATED)
-            sizes = part.sizes or tensor.shape
-            size_bytes = math.prod(sizes) * ITEM_BYTES[tensor.dtype]
+            holders, sizes, size_bytes = _holders(layout), part.sizes or tensor.shape, part_bytes(tensor, part)
             if size_bytes >= CUT_BYTES and layout.dims == (REPLICATED,) and sizes[0] >= holders > 1:
                 layout = Grid(layout.mesh, (0,), 0)
             else:
                 layout = replace(layout, writer=_writer(size_bytes, holders, loads))
         parts.append(replace(part, layout=layout))
-    return replace(tensor, parts=tuple(parts))
+    return tuple(parts)
 
 
 def _writer(size_bytes: int, holders: int, loads: dict[int, list[tuple[int, int]]]) -> int:

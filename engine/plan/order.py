@@ -14,11 +14,22 @@ from engine.plan.assign import is_frozen
 def reading_order(tensors: Sequence[LogicalTensor], world_size: int | None = None) -> tuple[list[int], list[int]]:
     """The places of ``tensors`` in the order that a manifest lists them, and the geometry class of each listed one. Frozen ones, with
     writers from ``world_size`` on, come first, by name: their indexes are kept from save to save, whatever else there is."""
-    keys = [("", tensor.name) if world_size is not None and is_frozen(tensor, world_size) else _geometry(tensor) for tensor in tensors]
-    order = sorted(range(len(tensors)), key=lambda i: (*keys[i], i))
+    known: dict[tuple[object, ...], tuple[Any, ...]] = {}  # most tensors share a few shapes and layouts
+    keys = []
+    for tensor in tensors:
+        if world_size is not None and is_frozen(tensor, world_size):
+            keys.append(("", tensor.name))
+            continue
+        kind = (tensor.shape, tensor.parts)
+        key = known.get(kind)
+        if key is None:
+            key = known[kind] = _geometry(tensor)
+        keys.append(key)
+    ranks = {key: rank for rank, key in enumerate(sorted(set(keys)))}
+    order = sorted(range(len(tensors)), key=[ranks[key] for key in keys].__getitem__)  # stable
     numbers: dict[Any, int] = {}
-    classes = [numbers.setdefault(keys[i][:-1], len(numbers)) for i in order]
-    return order, classes
+    classes_of = {key: numbers.setdefault(key[:-1], len(numbers)) for key in ranks}
+    return order, [classes_of[keys[i]] for i in order]
 
 
 def _geometry(tensor: LogicalTensor) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import xxhash
 from msgspec import Struct
 
 from engine.errors import PeerError
-from engine.format.layout import ANY, REPLICATED, Grid, Layout, LogicalTensor
+from engine.format.layout import ANY, REPLICATED, Grid, Layout, LogicalTensor, Part
 from engine.state.boxes import unravel
 from engine.state.shard import Shard, bytes_of
 
@@ -25,7 +25,15 @@ _SMALL_BYTES = 4096
 
 def shares(tensors: Sequence[LogicalTensor]) -> list[int]:
     """The places of the tensors that several ranks hold. Those whose writer is fixed (buffers, one rank's by declaration) may differ."""
-    return [i for i, tensor in enumerate(tensors) if any(_is_shared(part.layout) for part in tensor.parts)]
+    known: dict[tuple[Part, ...], bool] = {}  # most tensors share a few layouts
+    found = []
+    for i, tensor in enumerate(tensors):
+        is_shared = known.get(tensor.parts)
+        if is_shared is None:
+            is_shared = known[tensor.parts] = any(_is_shared(part.layout) for part in tensor.parts)
+        if is_shared:
+            found.append(i)
+    return found
 
 
 def _is_shared(layout: object) -> bool:
