@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
 
 import msgspec
@@ -47,17 +48,25 @@ def as_stored(entry: Entry) -> Entry:
 
 def encode_header(entries: Sequence[Entry]) -> bytes:
     """The length word and the JSON, padded with spaces to a multiple of 4,096 bytes so that the data starts aligned."""
-    header: dict[str, object] = {}
-    sharding = {}
+    known: dict[tuple[object, ...], tuple[str, str]] = {}  # what entries say beside name and place: most share a few
+    header, sharding = [], []
     for e in map(as_stored, entries):
-        header[e.name] = {"dtype": e.dtype, "shape": e.sizes, "data_offsets": (e.offset, e.offset + e.nbytes)}
-        sharding[e.name] = {"saved_offsets": e.offsets}
-    compact = (",", ":")
-    info = json.dumps(sharding, separators=compact)
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": info}
-    text = json.dumps({"__metadata__": metadata, **header}, separators=compact, ensure_ascii=False).encode()
+        texts = known.get((e.dtype, e.sizes, e.offsets))
+        if texts is None:
+            texts = known[e.dtype, e.sizes, e.offsets] = (
+                f'{{"dtype":{_compact(e.dtype)},"shape":{_compact(e.sizes)},"data_offsets":[',
+                _compact({"saved_offsets": e.offsets}),
+            )
+        header.append(f",{encode_basestring(e.name)}:{texts[0]}{e.offset},{e.offset + e.nbytes}]}}")
+        sharding.append(f"{encode_basestring_ascii(e.name)}:{texts[1]}")
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": f"{{{','.join(sharding)}}}"}
+    text = f'{{"__metadata__":{_compact(metadata)}{"".join(header)}}}'.encode()
     padded = -(-(8 + len(text)) // HEADER_ALIGN_BYTES) * HEADER_ALIGN_BYTES
     return struct.pack("<Q", padded - 8) + text.ljust(padded - 8)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
 class _Tensor(Struct, forbid_unknown_fields=True):

@@ -1,7 +1,7 @@
 """A rank's files as images in memory: header, then boxes at their final offsets."""
 
-import json
 from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 
 from msgspec import Struct
 
@@ -76,7 +76,7 @@ def lay_out(sources: Sequence[Source]) -> list[Image]:
 def _split(sources: list[Source]) -> list[list[Source]]:
     parts, size = [[]], 0
     for source in sources:
-        need = 2 * len(json.dumps(source.name)) + _ENTRY_BYTES  # as text: what is not ASCII is longer there
+        need = 2 * len(encode_basestring_ascii(source.name)) + _ENTRY_BYTES  # as text: what is not ASCII is longer there
         if size + need > MAX_HEADER_BYTES:
             parts.append([])
             size = 0
