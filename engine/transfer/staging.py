@@ -162,17 +162,18 @@ class Copies:
 
     def _take(self, target: torch.Tensor, views: list[tuple[torch.Tensor, bool]]) -> None:
         """``target`` is filled by ``views``, one after another."""
+        joined = _joined(views)
+        if all(_is_flat(view, target.dtype) for view, _, _ in joined) and target.nbytes < _SMALL_BYTES * len(joined):
+            self._now.append(_Batch([view for view, _, _ in joined], [], target))
+            return
         batches = {kind: _Batch([], []) for kind in (False, True)}
         at = 0
-        for (view, is_late), count in _joined(views):
+        for view, is_late, count in joined:
             batch = batches[is_late and view.device.type == "cuda"]
             goal = target.narrow(0, at, count)
             batch.sources.append(view)
             batch.targets.append(goal if view.ndim == 1 else goal.view(view.shape))
             at += count
-        small = [s for s in batches[False].sources if s.ndim == 1 and s.device.type == "cpu" and s.dtype == target.dtype]
-        if small and at == sum(map(torch.Tensor.numel, small)) and at * target.element_size() < _SMALL_BYTES * len(small):
-            batches[False].whole = target
         for kind, into in ((False, self._now), (True, self._late)):
             if batches[kind].sources:
                 into.append(batches[kind])
@@ -194,23 +195,41 @@ class Copies:
             return _OnStream(event)
 
 
-def _joined(views: list[tuple[torch.Tensor, bool]]) -> list[tuple[tuple[torch.Tensor, bool], int]]:
+def _is_flat(view: torch.Tensor, dtype: torch.dtype) -> bool:
+    return view.ndim == 1 and view.is_cpu and view.dtype == dtype and view.is_contiguous()
+
+
+def _joined(views: list[tuple[torch.Tensor, bool]]) -> list[tuple[torch.Tensor, bool, int]]:
     """The views with their element counts; those that lie one after another in one storage, as in ZeRO's flat buffers, as one."""
-    found: list[tuple[tuple[torch.Tensor, bool], int]] = []
-    end = storage = -1
+    found: list[tuple[torch.Tensor, bool, int]] = []
+    end = -1  # of the last one in memory, if it is contiguous
     for view, is_late in views:
         count = view.numel()
         if count == 0:
             continue
         if not view.is_contiguous():
-            found.append(((view, is_late), count))
+            found.append((view, is_late, count))
             end = -1
             continue
-        begin, owner = view.data_ptr(), view.untyped_storage().data_ptr()
-        if found and begin == end and owner == storage and found[-1][0][1] == is_late and found[-1][0][0].dtype == view.dtype:
-            (first, _), before = found[-1]
-            found[-1] = ((first.as_strided((before + count,), (1,), first.storage_offset()), is_late), before + count)
-        else:
-            found.append(((view.detach().view(-1), is_late), count))
-        end, storage = begin + count * view.element_size(), owner
-    return found
+        begin = view.data_ptr()
+        if begin == end:
+            first, is_first_late, before = found[-1]
+            if is_first_late == is_late and first.dtype == view.dtype and _storage(first) == _storage(view):
+                found[-1] = (first, is_late, before + count)
+                end = begin + count * view.element_size()
+                continue
+        found.append((view, is_late, count))
+        end = begin + count * view.element_size()
+    return [(_flattened(view, count), is_late, count) for view, is_late, count in found]
+
+
+def _storage(view: torch.Tensor) -> int:
+    return view.untyped_storage().data_ptr()
+
+
+def _flattened(view: torch.Tensor, count: int) -> torch.Tensor:
+    """From its first element on, ``count`` that lie one after another; what is not contiguous stays as it is."""
+    view = view.detach() if view.requires_grad else view
+    if view.numel() != count:
+        return view.as_strided((count,), (1,), view.storage_offset())
+    return view.view(-1) if view.ndim != 1 and view.is_contiguous() else view
