@@ -5,6 +5,7 @@ layout rules that all ranks know, so there is nothing to gather or scatter, and 
 """
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -68,21 +69,57 @@ class ShardTensor(torch.Tensor):
         return f"ShardTensor({self._shard.name}, {tuple(self.shape)}, boxes={self._boxes})"
 
     def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        size, properties = torch.Size(self._shard.tensor.shape), TensorProperties(dtype=torch_dtype(self._shard.tensor.dtype))
-        items = []
-        for box in self._boxes:
-            chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
-            items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(chunk, properties, size)))
-        return items
+        data = [_write_data(self._shard.tensor.dtype, self._shard.tensor.shape, box) for box in self._boxes]
+        return [WriteItem(MetadataIndex(fqn, one.chunk.offsets), WriteItemType.SHARD, tensor_data=one) for one in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in self._boxes]
+        return [_chunk(box) for box in self._boxes]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         for box in self._boxes:
             if box.offsets == tuple(index.offset or ()):
                 return self._shard.view(box, self._rank)
         raise UsageError(f"rank {self._rank} has no box of {index.fqn} at {index.offset}")
+
+
+def _write_data(dtype: str, shape: tuple[int, ...], box: Box) -> TensorWriteData:
+    return TensorWriteData(_chunk(box), TensorProperties(dtype=torch_dtype(dtype)), torch.Size(shape))
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
+class _Handles(Mapping[str, ShardTensor]):
+    """The state dict for DCP: what a rank writes of each shard. A handle is made when it is asked for, which DCP leaves to our planner:
+    to make 10,000 of them takes longer than to copy what they stand for."""
+
+    def __init__(self, shards: Sequence[Shard], boxes: Sequence[Sequence[Box]], rank: int) -> None:
+        self._shards, self._boxes, self._rank = shards, boxes, rank
+        self._places: dict[str, int] = {}
+
+    def __getitem__(self, name: str) -> ShardTensor:
+        if not self._places:
+            self._places = {name: place for place, name in enumerate(self._names()) if self._boxes[place]}
+        place = self._places[name]
+        return ShardTensor(self._shards[place], self._boxes[place], self._rank)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, boxes in zip(self._names(), self._boxes, strict=True) if boxes)
+
+    def __len__(self) -> int:
+        return sum(map(bool, self._boxes))
+
+    def _names(self) -> Iterator[str]:
+        return (shard.tensor.name for shard in self._shards)
+
+    def is_of(self, shards: Sequence[Shard]) -> bool:
+        """Whether these are the shards, each the same object."""
+        return shards is self._shards or (len(shards) == len(self._shards) and all(map(operator.is_, shards, self._shards)))
+
+    def views(self) -> list[torch.Tensor]:
+        """The live view of each box of each shard."""
+        return [shard.view(box, self._rank) for shard, boxes in zip(self._shards, self._boxes, strict=True) for box in boxes]
 
 
 NO_FROZEN = 1 << 40
@@ -97,30 +134,30 @@ class ShardSavePlanner(SavePlanner):
         """Parts that are laid out over writers from ``world_size`` on are frozen: that of a rank is ``world_size`` higher. By default
         there are none."""
         self._rank = rank
-        self._boxes = []
         self.frozen: set[tuple[str, tuple[int, ...]]] = set()
+        self._boxes: list[tuple[Box, ...]] = []
+        known: dict[tuple[object, ...], tuple[Box, ...]] = {}  # most tensors share a few shapes and layouts
         for tensor in assigned:
-            own = [box for part in tensor.parts for box in written_boxes(tensor, part, rank)]
-            kept = [box for part in tensor.parts for box in written_boxes(tensor, part, world_size + rank)]
-            self.frozen.update((tensor.name, box.offsets) for box in kept)
-            self._boxes.append(own + kept)
-        self._shards: Sequence[Shard] | None = None
-        self._handles: dict[str, ShardTensor] = {}
+            kind = (tensor.shape, tensor.parts)
+            boxes = known.get(kind)
+            if boxes is None:
+                own = [box for part in tensor.parts for box in written_boxes(tensor, part, rank)]
+                kept = [box for part in tensor.parts for box in written_boxes(tensor, part, world_size + rank)] if world_size != NO_FROZEN else []
+                boxes = tuple(own + kept)
+                if kept:
+                    self.frozen.update((tensor.name, box.offsets) for box in kept)
+                else:
+                    known[kind] = boxes
+            self._boxes.append(boxes)
+        self._assigned = assigned
+        self._handles = _Handles((), (), rank)
         self._plan: SavePlan | None = None
         self._views: list[torch.Tensor] | None = None
 
-    def handles(self, shards: Sequence[Shard]) -> dict[str, ShardTensor]:
-        """The state dict for DCP: what this rank writes of each shard. ``shards`` are in the order of ``assigned``. What is the same
-        object as at the last save keeps its handle: making 10,000 of them takes longer than copying what they stand for."""
-        if shards is self._shards:
-            return self._handles
-        self._shards = shards
-        for shard, boxes in zip(shards, self._boxes, strict=True):
-            if boxes:
-                known = self._handles.get(shard.name)
-                if known is None or known._shard is not shard:
-                    self._handles[shard.name] = ShardTensor(shard, boxes, self._rank)
-                    self._views = None
+    def handles(self, shards: Sequence[Shard]) -> Mapping[str, ShardTensor]:
+        """The state dict for DCP. ``shards`` are in the order of ``assigned``."""
+        if not self._handles.is_of(shards):
+            self._handles, self._views = _Handles(shards, self._boxes, self._rank), None
         return self._handles
 
     def set_up_planner(self, state_dict: dict[str, Any], storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -128,7 +165,15 @@ class ShardSavePlanner(SavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         if self._plan is None:
-            items = [item for name, handle in self._handles.items() for item in handle.__create_write_items__(name, handle)]
+            known: dict[tuple[object, ...], TensorWriteData] = {}
+            items = []
+            for tensor, boxes in zip(self._assigned, self._boxes, strict=True):
+                for box in boxes:
+                    kind = (tensor.dtype, tensor.shape, box)
+                    data = known.get(kind)
+                    if data is None:
+                        data = known[kind] = _write_data(*kind)
+                    items.append(WriteItem(MetadataIndex(tensor.name, data.chunk.offsets), WriteItemType.SHARD, tensor_data=data))
             self._plan = SavePlan(items, planner_data=self.frozen)
         return self._plan
 
@@ -139,14 +184,12 @@ class ShardSavePlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        handle, data = self._handles[write_item.index.fqn], write_item.tensor_data
-        assert data is not None
-        return handle._shard.view(Box(tuple(data.chunk.offsets), tuple(data.chunk.sizes)), handle._rank)
+        return self._handles[write_item.index.fqn].__get_tensor_shard__(write_item.index)
 
-    def views(self, plan: SavePlan) -> list[torch.Tensor]:
-        """The live tensor of each item; the same list while no handle has changed."""
+    def views(self) -> list[torch.Tensor]:
+        """The live tensor of each item of the plan; the same list while no shard is replaced."""
         if self._views is None:
-            self._views = [self.resolve_data(item) for item in plan.items]
+            self._views = self._handles.views()
         return self._views
 
 
@@ -178,7 +221,7 @@ class ShardWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if self._laid_out is None or self._laid_out[0] is not plan:
-            boxes = [_source(i, item, plan.planner_data) for i, item in enumerate(plan.items)]
+            boxes = _sources(plan.items, plan.planner_data)
             self._laid_out = (plan, shard_layout(self._rank, boxes, self._numbers, self._classes, self._has_frozen))
         return plan
 
@@ -189,7 +232,7 @@ class ShardWriter(StorageWriter):
         assert self._laid_out is not None
         assert self._sink is not None
         assert isinstance(planner, ShardSavePlanner)
-        self._sink(self._laid_out[1], planner.views(plan))
+        self._sink(self._laid_out[1], planner.views())
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
@@ -202,11 +245,18 @@ class ShardWriter(StorageWriter):
         return False  # never picked by path: DCP would not call begin()
 
 
-def _source(number: int, item: WriteItem, frozen: set[tuple[str, tuple[int, ...]]]) -> Source:
-    data, name = item.tensor_data, item.index.fqn
-    assert data is not None
-    dtype, offsets, sizes = data.properties.dtype, tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-    return Source(number, name, dtype_name(dtype), offsets, sizes, dtype.itemsize * torch.Size(sizes).numel(), (name, offsets) in frozen)
+def _sources(items: Sequence[WriteItem], frozen: set[tuple[str, tuple[int, ...]]]) -> list[Source]:
+    known: dict[int, tuple[str, tuple[int, ...], tuple[int, ...], int]] = {}  # items share what is alike, by id
+    found = []
+    for number, item in enumerate(items):
+        data, name = item.tensor_data, item.index.fqn
+        assert data is not None
+        if id(data) not in known:
+            dtype, sizes = data.properties.dtype, data.chunk.sizes
+            known[id(data)] = (dtype_name(dtype), tuple(data.chunk.offsets), tuple(sizes), dtype.itemsize * sizes.numel())
+        kind, offsets, sizes, size_bytes = known[id(data)]
+        found.append(Source(number, name, kind, offsets, sizes, size_bytes, bool(frozen) and (name, offsets) in frozen))
+    return found
 
 
 class Pairing(Struct, frozen=True):
