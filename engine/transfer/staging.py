@@ -228,8 +228,11 @@ def _storage(view: torch.Tensor) -> int:
 
 
 def _flattened(view: torch.Tensor, count: int) -> torch.Tensor:
-    """From its first element on, ``count`` that lie one after another; what is not contiguous stays as it is."""
-    view = view.detach() if view.requires_grad else view
+    """From its first element on, ``count`` that lie one after another; what is not contiguous stays as it is.
+
+    Always a new view: made together, they lie together in memory, where each save goes through them.
+    """
+    view = view.detach()
     if view.numel() != count:
         return view.as_strided((count,), (1,), view.storage_offset())
     return view.view(-1) if view.ndim != 1 and view.is_contiguous() else view
