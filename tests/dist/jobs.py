@@ -17,8 +17,8 @@ from torch import nn
 
 from benchmarks.zoo import Trained, build
 from engine import Progress
-from tests.now import Checkpointer
 from engine.storage import LocalStorage
+from tests.now import Checkpointer
 
 warnings.simplefilter("ignore")
 
@@ -362,6 +362,19 @@ def frozen_zero3(run: str, seed: int, load: bool) -> list[float]:
         out = wrapped(torch.ones(1, 6)).flatten().tolist()
     wrapped.destroy()
     return out
+
+
+def how_torch_computes() -> tuple[str, int]:
+    """What decides in which order this process takes sums."""
+    linear = torch.nn.functional.linear
+    return f"{linear.__module__}.{linear.__qualname__}", torch.get_num_threads()
+
+
+def compute_differently(run: str) -> tuple[str, int]:
+    """Leave the process as ZeRO-3 with DeepSpeed's defaults does, and with more threads."""
+    frozen_zero3(run, 0, False)
+    torch.set_num_threads(2)
+    return how_torch_computes()
 
 
 class LocalMomentum(torch.optim.Optimizer):
