@@ -5,6 +5,7 @@ Importing this imports all packages that are there; :data:`ABSENT` says which ar
 """
 
 import contextlib
+import copy
 import importlib
 import inspect
 import os
@@ -23,8 +24,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import Optimizer
 
@@ -84,6 +87,17 @@ class Tiny(nn.Module):
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         h_BH = self.between(self.norm(F.gelu(self.up(self.conv(x_BD.unsqueeze(1)).flatten(1)))))
         return F.mse_loss(self.down(h_BH), x_BD[:, :3].tanh())
+
+
+class Matrices(nn.Module):
+    """For optimizers of matrices only. ``hidden`` as above."""
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, hidden, bias=False), nn.Linear(hidden, 12, bias=False)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.down(F.gelu(self.up(x_BD))), x_BD.tanh())
 
 
 class Looked(nn.Module):
@@ -195,6 +209,12 @@ def _gsam(module: nn.Module, optimizer: Any, step: int) -> float:
     return float(loss)
 
 
+def _numbered(module: nn.Module, optimizer: Any, step: int) -> float:
+    loss = _closure(module, optimizer, step)()
+    optimizer.step(step_id=step + 1)
+    return loss.item()
+
+
 _STYLES: dict[str, Callable[[nn.Module, Any, int], float]] = {
     "plain": _plain,
     "graph": partial(_plain, create_graph=True),
@@ -204,6 +224,7 @@ _STYLES: dict[str, Callable[[nn.Module, Any, int], float]] = {
     "losses": _two_losses,
     "own backward": _own_backward,
     "gsam": _gsam,
+    "numbered": _numbered,
 }
 
 
@@ -237,7 +258,8 @@ def _around(name: str) -> Callable[[nn.Module], Any]:
         import pytorch_optimizer
 
         kwargs = {"k": 2} if name == "Lookahead" else {}
-        return getattr(pytorch_optimizer, name)(_adamw(module), **kwargs)
+        base = torch.optim.AdamW(module.parameters()) if name == "SafeFP16Optimizer" else _adamw(module)
+        return getattr(pytorch_optimizer, name)(base, **kwargs)
 
     return make
 
@@ -257,23 +279,55 @@ def _make_gsam(module: nn.Module) -> Any:
     return pytorch_optimizer.GSAM(_groups(module), base, module, rho)
 
 
+def _join_a_group() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _of_pytorch_optimizer_in_a_group(name: str, params: str, module: nn.Module) -> Any:
+    _join_a_group()
+    return getattr(importlib.import_module("pytorch_optimizer"), name)(_PARAMS[params](module))
+
+
+def _zero_redundancy(module: nn.Module) -> Any:
+    _join_a_group()
+    return ZeroRedundancyOptimizer(module.parameters(), torch.optim.AdamW, lr=0.01)
+
+
+def _in_a_group(name: str, params: str, module: nn.Module) -> Any:
+    import deepspeed
+
+    _join_a_group()
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    package = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    return getattr(package, name)(_PARAMS[params](module))
+
+
+_LARGE_WITH_MOMENTUM = How({"lr": 0.1, "momentum": 0.9}, module=partial(Tiny, 512))
+
 HOW: dict[str, How] = {
     "torch.optim/LBFGS": How({"lr": 0.1, "max_iter": 4}, "flat", "closure"),
     "torch.optim/Muon": How({}, "matrices"),
     "torch.optim/SparseAdam": How({"lr": 0.01}, "flat", module=Looked),
     "torch.optim/SGD": How({"lr": 0.1, "momentum": 0.9}),
     "transformers/Adafactor": How({"lr": None}),
-    "deepspeed/Muon": How({}, "matrices"),
+    "torch.optim/ZeroRedundancyOptimizer": How(make=_zero_redundancy),
+    "deepspeed/Muon": How(make=partial(_in_a_group, "Muon", "matrices")),
     "deepspeed/SingleDeviceMuon": How({}, "matrices"),
-    "deepspeed/MuonWithAuxAdam": How({}, "muon"),
+    "deepspeed/MuonWithAuxAdam": How(make=partial(_in_a_group, "MuonWithAuxAdam", "muon")),
     "deepspeed/SingleDeviceMuonWithAuxAdam": How({}, "muon"),
+    "deepspeed/ZenFlowCPUAdam": How({}, style="numbered"),
     "timm/Adahessian": How({}, style="graph"),
+    "timm/SGDP": How({"lr": 0.1, "momentum": 0.9}),
     "timm/Lookahead": How(make=lambda module: sys.modules["timm.optim.lookahead"].Lookahead(_adamw(module), k=2)),
-    "schedulefree/ScheduleFreeWrapper": How(make=lambda module: importlib.import_module("schedulefree").ScheduleFreeWrapper(_adamw(module))),
+    "schedulefree/ScheduleFreeWrapper": How(make=lambda module: importlib.import_module("schedulefree").ScheduleFreeWrapper(_sgd(module))),
     "schedulefree/ScheduleFreeWrapperReference": How(
-        make=lambda module: importlib.import_module("schedulefree").ScheduleFreeWrapperReference(_adamw(module))
+        make=lambda module: importlib.import_module("schedulefree").ScheduleFreeWrapperReference(_sgd(module))
     ),
-    **{f"schedulefree/{name}": How({}, style="closure") for name in ("AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure")},
+    **{
+        f"schedulefree/{name}": How({}, style="closure")
+        for name in ("AdamWScheduleFreeClosure", "RAdamScheduleFreeClosure", "SGDScheduleFreeClosure")
+    },
     **{f"pytorch_optimizer/{name}": How(make=_around(name)) for name in _AROUND},
     **{f"pytorch_optimizer/{name}": How({"base_optimizer": torch.optim.AdamW}, style="backward, closure") for name in _ASCENT},
     "pytorch_optimizer/PCGrad": How(make=_around("PCGrad"), style="losses"),
@@ -281,7 +335,16 @@ HOW: dict[str, How] = {
     "pytorch_optimizer/WSAM": How(make=_wsam, style="backward, closure"),
     "pytorch_optimizer/GSAM": How(make=_make_gsam, style="gsam"),
     "pytorch_optimizer/BSAM": How({"num_data": 64}, style="backward, closure"),
-    "pytorch_optimizer/AdaLOMO": How({}, "model", "fused"),
+    "pytorch_optimizer/AdaLOMO": How({}, "model", "fused", Matrices),
+    "pytorch_optimizer/LoRARite": How({}, "flat", module=Matrices),
+    "pytorch_optimizer/DeMo": How(make=partial(_of_pytorch_optimizer_in_a_group, "DeMo", "matrices"), module=Matrices),
+    "pytorch_optimizer/DistributedMuon": How(make=partial(_of_pytorch_optimizer_in_a_group, "DistributedMuon", "muon")),
+    "pytorch_optimizer/SpectralSphere": How({}, "matrices"),
+    **{f"pytorch_optimizer/{name}": How({}, "muon") for name in ("AdaGO", "AdaMuon", "Muon", "MuonClip", "NorMuon")},
+    **{f"bitsandbytes/{name}{bits}": _LARGE_WITH_MOMENTUM for name in ("LARS", "SGD") for bits in ("", "8bit", "32bit")},
+    "bitsandbytes/PytorchLARS": _LARGE_WITH_MOMENTUM,
+    "bitsandbytes/AdEMAMix32bit": How(module=partial(Matrices, 512)),
+    "bitsandbytes/PagedAdEMAMix32bit": How(module=partial(Matrices, 512)),
     "pytorch_optimizer/LOMO": How({}, "model", "fused"),
     "pytorch_optimizer/AdamMini": How({}, "model"),
     "pytorch_optimizer/Ranger21": How({"num_iterations": 50}),
@@ -291,7 +354,7 @@ HOW: dict[str, How] = {
 }
 """For those that need more than ``kind(groups)``."""
 
-_BITSANDBYTES = How(module=partial(Tiny, 256))  # eight bits are for tensors of 4096 elements and more
+_BITSANDBYTES = How(module=partial(Tiny, 512))  # eight bits are for tensors of 4096 elements and more
 _NEED_RATE = How({"lr": 0.01})
 
 
@@ -315,6 +378,7 @@ def _required(kind: type) -> set[str]:
 
 def _torch_optimizers() -> Iterator[tuple[str, type]]:
     yield from _classes(torch.optim, Optimizer)
+    yield "ZeroRedundancyOptimizer", ZeroRedundancyOptimizer
 
 
 def _transformers_optimizers() -> Iterator[tuple[str, type]]:
@@ -417,7 +481,7 @@ _SCHEDULES: dict[str, Mapping[str, Any]] = {
     "PolyLRScheduler": {"t_initial": 4, "cycle_limit": 2},
     "StepLRScheduler": {"decay_t": 2, "decay_rate": 0.5},
     "TanhLRScheduler": {"t_initial": 4, "cycle_limit": 2},
-    "WSDLRScheduler": {"t_initial": 6, "warmup_t": 2},
+    "WSDLRScheduler": {"t_initial": 6, "decay_t": 4, "warmup_t": 2},
     # pytorch_optimizer's
     "CosineScheduler": {"t_max": 8, "max_lr": 0.1, "warmup_steps": 2},
     "LinearScheduler": {"t_max": 8, "max_lr": 0.1, "warmup_steps": 2},
@@ -598,7 +662,7 @@ def _loader_rig(make: Callable[[], Any], member: Callable[[Any], Any] = lambda l
 def _stateful_loader(**kwargs: Any) -> Any:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(list(range(40)), batch_size=BATCH, **kwargs)
+    return StatefulDataLoader(range(40), batch_size=BATCH, **kwargs)  # type: ignore[arg-type] - a sequence
 
 
 def _member_subjects() -> Subjects:
@@ -646,24 +710,31 @@ def _timm_averages() -> Subjects:
     return {f"averages/timm {name}": partial(_average_rig, partial(make, kind), update) for name, kind in kinds.items()}
 
 
-_METRIC_ARGUMENTS: tuple[dict[str, Any], ...] = (
-    {},
-    {"task": "multiclass", "num_classes": 3},
-    {"task": "binary"},
-    {"num_classes": 3},
-    {"task": "multiclass", "num_classes": 3, "beta": 0.5},
-    {"task": "binary", "min_recall": 0.5},
-    {"task": "binary", "min_precision": 0.5},
-    {"task": "binary", "min_sensitivity": 0.5},
-    {"task": "binary", "min_specificity": 0.5},
-    {"task": "multilabel", "num_labels": 3},
-    {"num_outputs": 1},
-    {"p": 3},
-    {"threshold": 0.5},
-    {"window": 2},
-    {"data_range": 1.0},
-    {"things": {0, 1}, "stuffs": {2}},
-)
+def _metric_arguments() -> Iterator[dict[str, Any]]:
+    import torchmetrics
+
+    squared = torchmetrics.MeanSquaredError
+    yield {}
+    yield {"task": "multiclass", "num_classes": 3}
+    yield {"task": "binary"}
+    yield {"num_classes": 3}
+    yield {"task": "multiclass", "num_classes": 3, "beta": 0.5}
+    yield {"task": "binary", "min_recall": 0.5}
+    yield {"task": "binary", "min_precision": 0.5}
+    yield {"task": "binary", "min_sensitivity": 0.5}
+    yield {"task": "binary", "min_specificity": 0.5}
+    yield {"task": "multilabel", "num_labels": 3}
+    yield {"num_outputs": 1}
+    yield {"p": 3}
+    yield {"threshold": 0.5}
+    yield {"window": 2}
+    yield {"data_range": 1.0}
+    yield {"things": {0, 1}, "stuffs": {2}}
+    yield {"base_metric": squared()}
+    yield {"base_metric": squared(), "num_outputs": 3}
+    yield {"metric": torchmetrics.Accuracy("multiclass", num_classes=3, average="none")}
+    yield {"task_metrics": {"a": squared(), "b": squared()}}
+    yield {"metric_func": torchmetrics.functional.signal_noise_ratio}
 
 
 def _metric_inputs(step: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -689,8 +760,11 @@ def _metric_inputs(step: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
     yield (rand(1, 3, 24, 24),), {}
     yield (rand(1, 1, 192, 192), rand(1, 1, 192, 192)), {}
     yield (ints(3, 1, 4, 4, 2), ints(3, 1, 4, 4, 2)), {}
-    words = "the cat sat on a mat and the dog lay by it".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "lay"]
     said, heard = " ".join(words[step % 3 : 9]), " ".join(words[: 8 + step % 3])
+    yield (ints(5, 8, 3),), {}
+    yield ({"a": rand(8), "b": rand(8)}, {"a": rand(8), "b": rand(8)}), {}
+    yield (rand(2, 2, 16), rand(2, 2, 16)), {}
     yield ([said], [heard]), {}
     yield ([said], [[heard]]), {}
     yield ([{"prediction_text": said, "id": "1"}], [{"answers": {"answer_start": [1], "text": [heard]}, "id": "1"}]), {}
@@ -699,14 +773,14 @@ def _metric_inputs(step: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]
 def _fitting(kind: Any) -> tuple[dict[str, Any], int]:
     """The first arguments, and the number of the first input, with which a metric computes something."""
     told = ""
-    for arguments in _METRIC_ARGUMENTS:
+    for arguments in _metric_arguments():
         try:
             kind(**arguments)
         except Exception as e:  # noqa: BLE001 - the next may fit
             told = told or repr(e)
             continue
         for number, (args, kwargs) in enumerate(_metric_inputs(0)):
-            metric = kind(**arguments)
+            metric = kind(**copy.deepcopy(arguments))
             try:
                 metric.update(*args, **kwargs)
                 metric.compute()
@@ -753,7 +827,8 @@ class Queue(nn.Module):
     position: torch.Tensor
 
     def forward(self, h_BH: torch.Tensor) -> torch.Tensor:
-        out = h_BH + 0.1 * (h_BH @ self.queue.T).softmax(-1) @ self.queue.clone()
+        queue = self.queue.clone()
+        out = h_BH + 0.1 * (h_BH @ queue.T).softmax(-1) @ queue
         rows = (self.position + torch.arange(len(h_BH))) % len(self.queue)
         self.queue[rows] = h_BH.detach()
         self.position.add_(len(h_BH)).remainder_(len(self.queue))
@@ -814,6 +889,10 @@ def _module_rig(make: Callable[[], nn.Module]) -> Rig:
     return _beside(Tiny(between=make()), lambda step: None)
 
 
+def _wrapped(wrap: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    return wrap(nn.Linear(16, 16), *arguments)
+
+
 def _observer_rig(make: Callable[[], nn.Module]) -> Rig:
     observer = make()
 
@@ -848,7 +927,7 @@ def _observers() -> Subjects:
     per_channel = partial(fake_quantize.FakeQuantize, quantization.MovingAveragePerChannelMinMaxObserver, ch_axis=1, qscheme=torch.per_channel_affine)
     found["observers/FakeQuantize by channel"] = partial(_observer_rig, per_channel)
     fused = partial(
-        fake_quantize.FusedMovingAvgObsFakeQuantize, quantization.MovingAveragePerChannelMinMaxObserver, ch_axis=1, qscheme=torch.per_channel_affine
+        fake_quantize.FusedMovingAvgObsFakeQuantize, quantization.MovingAveragePerChannelMinMaxObserver, ch_axis=0, qscheme=torch.per_channel_affine
     )
     found["observers/FusedMovingAvgObsFakeQuantize by channel"] = partial(_observer_rig, fused)
     return found
@@ -869,14 +948,14 @@ def _modules() -> Subjects:
         "buffer that is not persistent": Passing,
     }
     for name in ("spectral_norm", "weight_norm"):
-        makes[f"nn.utils.{name}"] = lambda wrap=getattr(nn.utils, name): wrap(nn.Linear(16, 16))
+        makes[f"nn.utils.{name}"] = partial(_wrapped, getattr(nn.utils, name))
     for name, wrap in inspect.getmembers(parametrizations, inspect.isfunction):
         if wrap.__module__ == parametrizations.__name__ and not name.startswith("_"):
-            makes[f"parametrizations.{name}"] = lambda wrap=wrap: wrap(nn.Linear(16, 16))
+            makes[f"parametrizations.{name}"] = partial(_wrapped, wrap)
     arguments = {"random_structured": (0.5, 0), "ln_structured": (0.5, 2, 0), "custom_from_mask": (torch.eye(16),), "identity": ()}
     for name, wrap in inspect.getmembers(prune, inspect.isfunction):
         if "name" in inspect.signature(wrap).parameters and name not in ("remove", "global_unstructured") and not name.startswith("_"):
-            makes[f"prune.{name}"] = lambda wrap=wrap, more=arguments.get(name, (0.5,)): wrap(nn.Linear(16, 16), "weight", *more)
+            makes[f"prune.{name}"] = partial(_wrapped, wrap, "weight", *arguments.get(name, (0.5,)))
     return {f"modules/{name}": partial(_module_rig, make) for name, make in makes.items()}
 
 

@@ -13,6 +13,8 @@ that they do not depend on the engine. Outcomes:
 
 ``own_state_dict_wrong``: its own ``state_dict`` and ``load_state_dict`` do not resume it exactly either. ``lost_attributes``: attributes that
 its steps change and a resume does not restore; these are told, and count only where they change a loss.
+
+The environment variable STATE_ZOO_ONLY, a regular expression of ``family/subject``, limits the run to those.
 """
 
 import collections
@@ -46,6 +48,7 @@ OUTCOMES = ("exact", "refused_at_attach", "refused_later", "wrong")
 
 # ------------------------------------------------------------------------------------------------------------------- state as plain values
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, np.ndarray, np.generic)
 _NO_STATE = {"optimizer", "optimizers", "base_optimizer", "param_groups", "state", "defaults", "_zero_grad_profile_name", "_modules", "_parameters"}
 _BOOKKEEPING = re.compile(r"hook|_warned|_opt_called|_step_profile|^step$|_buffers|^_compile")
 
@@ -55,7 +58,7 @@ def plain(value: Any, depth: int = 8) -> Any:
     if isinstance(value, torch.Tensor):
         tensor = value.detach()
         return ("sparse", plain(tensor.coalesce().indices()), plain(tensor.coalesce().values())) if tensor.is_sparse else tensor.clone()
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | np.ndarray | np.generic) and not isinstance(value, enum.Enum):
+    if isinstance(value, _PLAIN) and not isinstance(value, enum.Enum):
         return value
     if depth == 0:
         return f"<{type(value).__qualname__}>"
@@ -85,12 +88,8 @@ def _key(key: Any, number: int) -> Any:
 
 def differences(saved: Any, found: Any, path: str = "") -> Iterator[str]:
     """What differs, as ``path: how``."""
-    if isinstance(saved, torch.Tensor) and isinstance(found, torch.Tensor):
-        if (saved.dtype, saved.shape) != (found.dtype, found.shape):
-            yield f"{path}: {_short(saved)} became {_short(found)}"
-        elif not _same_bits(saved, found):
-            yield f"{path}: other values"
-    elif type(saved) is not type(found) and not (isinstance(saved, dict) and isinstance(found, dict)):
+    subclasses = any(isinstance(saved, kind) and isinstance(found, kind) for kind in (torch.Tensor, dict))
+    if type(saved) is not type(found) and not subclasses:
         yield f"{path}: {_short(saved)} became {_short(found)}"
     elif isinstance(saved, dict):
         for key in [*saved, *(key for key in found if key not in saved)]:
@@ -104,16 +103,14 @@ def differences(saved: Any, found: Any, path: str = "") -> Iterator[str]:
     elif isinstance(saved, list | tuple):
         if len(saved) != len(found):
             yield f"{path}: {len(saved)} entries became {len(found)}"
-        else:
-            for i, (a, b) in enumerate(zip(saved, found, strict=True)):
-                yield from differences(a, b, f"{path}.{i}")
-    elif isinstance(saved, np.ndarray):
-        if saved.dtype != found.dtype or saved.tobytes() != found.tobytes():
+        for i, (a, b) in enumerate(zip(saved, found, strict=False)):
+            yield from differences(a, b, f"{path}.{i}")
+    elif isinstance(saved, torch.Tensor | np.ndarray):
+        if _short(saved) != _short(found):
+            yield f"{path}: {_short(saved)} became {_short(found)}"
+        elif not _same_bits(torch.as_tensor(saved), torch.as_tensor(found)):
             yield f"{path}: other values"
-    elif isinstance(saved, float):
-        if saved.hex() != found.hex():
-            yield f"{path}: {saved!r} became {found!r}"
-    elif saved != found:
+    elif repr(saved) != repr(found):  # of a float all its bits
         yield f"{path}: {_short(saved)} became {_short(found)}"
 
 
@@ -122,26 +119,35 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return f"tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    text = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
-    return f"{type(value).__name__} {text}"[:60] if isinstance(value, int | float) else text[:60]
+    if isinstance(value, bool | int | float | np.generic):
+        return f"{type(value).__name__} {value!r}"
+    return repr(value)[:60] if isinstance(value, str | None) else type(value).__name__
+
+
+def state_of(part: Any) -> Any:
+    if hasattr(part, "consolidate_state_dict"):  # a ZeroRedundancyOptimizer has none before
+        part.consolidate_state_dict()
+    return part.state_dict()
 
 
 def states(rig: Rig) -> dict[str, Any]:
     """Everything that must come back."""
-    found = {name: plain(part.state_dict()) for name, part in rig.parts().items() if name not in rig.lazy}
+    found = {name: plain(state_of(part)) for name, part in rig.parts().items() if name not in rig.lazy}
     groups = getattr(rig.optimizer, "param_groups", [])
     return {**found, "rates": [plain(group.get("lr")) for group in groups]}
 
 
 def attributes(rig: Rig) -> dict[str, Any]:
-    """What the subject keeps in attributes, whether its state dict lists them or not. The model is looked at as state only."""
+    """What the subject keeps in attributes that its state dict does not list."""
     found: dict[str, Any] = {}
+    for path, module in rig.module.named_modules():
+        found |= {f"module.{path}.{key}": plain(value, 3) for key, value in vars(module).items() if not key.startswith("_")}
     for name, part in rig.parts().items():
         if name == "module" or name in rig.lazy:
             continue
-        listed = set(part.state_dict())
+        listed = set(state_of(part))
         for key, value in vars(part).items():
             if key not in _NO_STATE and key not in listed and not _BOOKKEEPING.search(key):
                 found[f"{name}.{key}"] = plain(value, 3)
@@ -179,7 +185,7 @@ def alone(name: str, folder: str) -> Row:
     anatomy = _anatomy(rig, before, groups)
     reference = states(rig)
     try:
-        torch.save({key: part.state_dict() for key, part in rig.parts().items()}, f"{folder}/own.pt")
+        torch.save({key: state_of(part) for key, part in rig.parts().items()}, f"{folder}/own.pt")
         own = ""
     except Exception as e:  # noqa: BLE001
         own = f"its state_dict cannot be pickled: {e!r}"
@@ -250,7 +256,7 @@ def _go_on(rig: Rig, reference: dict[str, Any]) -> Row:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:400]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
 def _groups(rig: Rig) -> list[dict[str, Any]]:
@@ -275,8 +281,7 @@ def _anatomy(rig: Rig, before: dict[str, Any], groups: list[dict[str, Any]]) -> 
             for inner, held in value.items():
                 kinds.setdefault(str(inner), set()).add(_kind(held))
     dicts = {
-        name: sorted(set(map(str, part.state_dict())) - {"state", "param_groups"}) if name == "optimizer" else []
-        for name, part in rig.parts().items()
+        name: sorted(set(map(str, state_of(part))) - {"state", "param_groups"}) if name == "optimizer" else [] for name, part in rig.parts().items()
     }
     hidden = {key: _short(value) for key, value in attributes(rig).items() if key not in before or any(differences(before[key], value))}
     return {
@@ -364,7 +369,13 @@ def judge(processes: _Processes, name: str) -> Row:
             return {**row, "outcome": "refused_later", "reason": resumed["error"], "worded": resumed.get("worded", False)}
         row["lost_attributes"] = "; ".join(line for line in resumed.get("lost", []) if _is_counted(line, first["anatomy"]))
         wrong = _wrong(resumed, saved)
-        return {**row, "outcome": "wrong" if wrong else "exact", "reason": wrong[0] if wrong else "", "differences": wrong[:40], "causes": _causes(wrong)}
+        return {
+            **row,
+            "outcome": "wrong" if wrong else "exact",
+            "reason": wrong[0] if wrong else "",
+            "differences": wrong[:40],
+            "causes": _causes(wrong),
+        }
     finally:
         row["seconds"] = round(time.monotonic() - began, 2)
         shutil.rmtree(folder, ignore_errors=True)
@@ -403,11 +414,12 @@ def _sample(names: list[str], quick: bool) -> list[str]:
 def _build_operators() -> None:
     """DeepSpeed compiles its CPU operators at first use, for longer than a subject may take."""
     with contextlib.suppress(Exception):
-        from deepspeed.ops.op_builder import CPUAdagradBuilder, CPUAdamBuilder, CPULionBuilder, FusedAdamBuilder  # type: ignore[attr-defined]
+        from deepspeed.accelerator import get_accelerator
 
-        for builder in (CPUAdamBuilder, CPUAdagradBuilder, CPULionBuilder, FusedAdamBuilder):
+        accelerator: Any = get_accelerator()
+        for builder in ("CPUAdamBuilder", "CPUAdagradBuilder", "CPULionBuilder", "FusedAdamBuilder", "ShareMemCommBuilder"):
             with contextlib.suppress(Exception):
-                builder().load(verbose=False)
+                accelerator.create_op_builder(builder).load(verbose=False)
 
 
 def measure(quick: bool) -> Result:
