@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,14 +18,16 @@ Result = tuple[list[Row], dict[str, float]]
 
 
 def main(
-    measure: Callable[[bool], Result],
+    measure: Callable[..., Result],
     description: str | None,
     shown: Sequence[str] = (),
     plot: Callable[[list[Row], str], None] | None = None,
+    numbers: Mapping[str, str] | None = None,
     **others: Callable[[bool], Result],
 ) -> None:
     """``measure(quick)`` returns rows and figures. Prints a table of the rows' ``shown`` columns (all, if empty), then the figures.
-    ``plot(rows, path)``, where there is one, draws them. Each of the ``others`` is measured instead where ``--NAME`` is given."""
+    ``plot(rows, path)``, where there is one, draws them. ``numbers``: further whole numbers that ``measure`` takes, with what each is.
+    Each of the ``others`` is measured instead where ``--NAME`` is given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smaller run of the same measurement")
     parser.add_argument("--json", metavar="FILE", help="also write everything here")
@@ -33,8 +35,11 @@ def main(
         parser.add_argument("--plot", metavar="FILE", help="also draw the rows here, as SVG or PNG by its ending")
     for name, other in others.items():
         parser.add_argument(f"--{name}", dest="measure", action="store_const", const=other, default=measure, help="measure this instead")
+    for name, told in (numbers or {}).items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=told)
     args = parser.parse_args()
-    rows, figures = (args.measure if others else measure)(args.quick)
+    given = {name: value for name in numbers or {} if (value := getattr(args, name)) is not None}
+    rows, figures = (args.measure if others else measure)(args.quick, **given)
     print(table(rows, shown))
     print("\n" + "\n".join(f"{name:40} {value:.6g}" for name, value in figures.items()))
     print(f"\n{machine()['cpu']}, {machine()['cores']} cores; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
