@@ -22,11 +22,11 @@ def main(
     description: str | None,
     shown: Sequence[str] = (),
     plot: Callable[[list[Row], str], None] | None = None,
-    numbers: Mapping[str, str] | None = None,
+    options: Mapping[str, tuple[type, str]] | None = None,
     **others: Callable[[bool], Result],
 ) -> None:
     """``measure(quick)`` returns rows and figures. Prints a table of the rows' ``shown`` columns (all, if empty), then the figures.
-    ``plot(rows, path)``, where there is one, draws them. ``numbers``: further whole numbers that ``measure`` takes, with what each is.
+    ``plot(rows, path)``, where there is one, draws them. ``options``: what else ``measure`` takes by name, its type, and what it is.
     Each of the ``others`` is measured instead where ``--NAME`` is given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a smaller run of the same measurement")
@@ -35,10 +35,10 @@ def main(
         parser.add_argument("--plot", metavar="FILE", help="also draw the rows here, as SVG or PNG by its ending")
     for name, other in others.items():
         parser.add_argument(f"--{name}", dest="measure", action="store_const", const=other, default=measure, help="measure this instead")
-    for name, told in (numbers or {}).items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=told)
+    for name, (kind, told) in (options or {}).items():
+        parser.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "TEXT", help=told)
     args = parser.parse_args()
-    given = {name: value for name in numbers or {} if (value := getattr(args, name)) is not None}
+    given = {name: value for name in options or {} if (value := getattr(args, name)) is not None}
     rows, figures = (args.measure if others else measure)(args.quick, **given)
     print(table(rows, shown))
     print("\n" + "\n".join(f"{name:40} {value:.6g}" for name, value in figures.items()))

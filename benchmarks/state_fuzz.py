@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks.fuzz import cases
 from benchmarks.fuzz.jobs import Shown, hanging, play
@@ -25,9 +25,10 @@ TIMEOUT_SECONDS = 75.0
 SEEDS, QUICK_SEEDS = 500, 40
 
 
-def run_seed(seed: int, pools: Pools, check: bool = True) -> Row:
-    """Draw a case and run its two scripts. ``check``: False only trains."""
-    case, began = cases.draw(seed), time.perf_counter()
+def run_seed(seed: int, pools: Pools, check: bool = True, without: Sequence[str] = ()) -> Row:
+    """Draw a case and run its two scripts. ``check``: False only trains. ``without``: see
+    :func:`benchmarks.fuzz.cases.draw`."""
+    case, began = cases.draw(seed, without), time.perf_counter()
     folder = tempfile.mkdtemp(prefix="lockstep_fuzz_")
     try:
         shown = Shown("equal")
@@ -48,14 +49,10 @@ def run_seed(seed: int, pools: Pools, check: bool = True) -> Row:
     }
 
 
-def _run(
-    pools: Pools, world_size: int, case: cases.Case, part: int, folder: str, check: bool
-) -> Shown:
+def _run(pools: Pools, world_size: int, case: cases.Case, part: int, folder: str, check: bool) -> Shown:
     """The worst that a rank has seen. Ranks that have not all crashed alike may be out of step: others follow them."""
     try:
-        found = pools[world_size].run(
-            play, case, part, folder, check, timeout_seconds=TIMEOUT_SECONDS
-        )
+        found = pools[world_size].run(play, case, part, folder, check, timeout_seconds=TIMEOUT_SECONDS)
     except RankFailed as e:
         return Shown("crashed", "a rank's process", f"{str(e)[-300:]} {hanging(folder)}")
     worst = max(found, key=lambda shown: OUTCOMES.index(shown.outcome))
@@ -64,11 +61,11 @@ def _run(
     return worst
 
 
-def run_seeds(first: int, count: int, check: bool = True) -> list[Row]:
+def run_seeds(first: int, count: int, check: bool = True, without: Sequence[str] = ()) -> list[Row]:
     pools, rows = Pools(), []
     try:
         for seed in range(first, first + count):
-            rows.append(run_seed(seed, pools, check))
+            rows.append(run_seed(seed, pools, check, without))
             if sys.stderr.isatty():
                 print(f"\r{len(rows)}/{count}  ", end="", file=sys.stderr)
     finally:
@@ -81,9 +78,9 @@ def figures(rows: list[Row]) -> dict[str, float]:
     return {"seeds": len(rows), **{outcome: found[outcome] for outcome in OUTCOMES}}
 
 
-def measure(quick: bool, seeds: int | None = None, first: int = 0) -> Result:
+def measure(quick: bool, seeds: int | None = None, first: int = 0, without: str = "") -> Result:
     began = time.perf_counter()
-    rows = run_seeds(first, seeds or (QUICK_SEEDS if quick else SEEDS))
+    rows = run_seeds(first, seeds or (QUICK_SEEDS if quick else SEEDS), without=[name.strip() for name in without.split(",")])
     return rows, figures(rows) | {"seconds": time.perf_counter() - began}
 
 
@@ -92,5 +89,9 @@ if __name__ == "__main__":
         measure,
         __doc__,
         shown=("seed", "outcome", "case", "where", "reason"),
-        numbers={"seeds": "how many seeds", "first": "the first of them"},
+        options={
+            "seeds": (int, "how many seeds"),
+            "first": (int, "the first of them"),
+            "without": (str, "features to draw no case with, by their names in benchmarks.fuzz.cases: 'extra,late,two optimizers'"),
+        },
     )

@@ -74,7 +74,7 @@ class Case:
     """``tied`` and ``frozen``: see :func:`benchmarks.fuzz.modules.build`. ``frozen_given``: frozen parameters are in the optimizer
     too. ``left_out``: one that is trained is in none. ``wrapped``: FSDP2 shards submodules on their own. ``members``: kinds by name.
     ``late``: the Checkpointer is made after the first steps. ``source``, ``target``: where each script runs; ``max_in_flight`` of
-    each. ``factor``: of the target's own learning rates before it resumes."""
+    each. ``named``: the model is a member with a name. ``factor``: of the target's own learning rates before it resumes."""
 
     seed: int
     dtype: str
@@ -86,6 +86,7 @@ class Case:
     wrapped: bool
     trained: tuple[Trained, ...]
     members: dict[str, str]
+    named: bool
     sides: tuple[Side, Side]
     scripts: tuple[tuple[Op, ...], tuple[Op, ...]]
     max_in_flight: tuple[int, int]
@@ -94,25 +95,22 @@ class Case:
 
     def described(self) -> str:
         leaves = Counter(_shown(node) for node in self.tree.walk() if node.kind != "tree")
-        model = ", ".join(
-            f"{count}×{leaf}" if count > 1 else leaf for leaf, count in leaves.items()
-        )
-        marks = [
-            f"{self.tied} tied" if self.tied else "",
-            f"every {self.frozen}. frozen" if self.frozen else "",
-        ]
-        marks += [
-            "frozen given" if self.frozen and self.frozen_given else "",
-            "one left out" if self.left_out else "",
-        ]
-        marks += ["wrapped" if self.wrapped else "", self.dtype if self.dtype != "fp32" else ""]
-        parts = [f"{self.sides[0]} → {self.sides[1]}", f"[{model}]", *filter(None, marks)]
+        model = ", ".join((f"{n}×" if n > 1 else "") + leaf for leaf, n in leaves.items())
+        marks = {
+            f"{self.tied} tied": self.tied,
+            f"every {self.frozen}. frozen": self.frozen,
+            "frozen given": self.frozen and self.frozen_given,
+            "one left out": self.left_out,
+            "wrapped": self.wrapped and any(side.engine == "fsdp2" for side in self.sides),
+            self.dtype: self.dtype != "fp32",
+            "attached late": self.late,
+            "other rates": self.factor != 1.0,
+            "named": self.named,
+        }
+        parts = [f"{self.sides[0]} → {self.sides[1]}", f"[{model}]", *(mark for mark, holds in marks.items() if holds)]
         for one in self.trained:
-            text = (
-                one.optimizer
-                + (f" in {one.groups} groups" if one.groups > 1 else "")
-                + (" with a tensor lr" if one.tensor_lr else "")
-            )
+            text = one.optimizer + (f" in {one.groups} groups" if one.groups > 1 else "")
+            text += " with a tensor lr" if one.tensor_lr else ""
             parts.append(text + (f" under {one.scheduler}" if one.scheduler else ""))
         parts += [f"{name}: {kind}" if kind else name for name, kind in self.members.items()]
         parts += [" ".join("".join(map(str, op)) for op in script) for script in self.scripts]
@@ -120,11 +118,7 @@ class Case:
 
 
 def _shown(node: Node) -> str:
-    args = [
-        str(value).replace(" ", "")
-        for value in node.args.values()
-        if value not in (False, "", None)
-    ]
+    args = [str(value).replace(" ", "") for value in node.args.values() if value not in (False, "", None)]
     return node.kind + (f"({','.join(args)})" if args else "")
 
 
@@ -142,18 +136,25 @@ class _Draw:
     def one(self, choices: Iterable[Any]) -> Any:
         return self.random.choice([choice for choice in choices if choice not in self.banned])
 
+    def weighted(self, choices: dict[str, float]) -> str:
+        allowed = {choice: weight for choice, weight in choices.items() if choice not in self.banned}
+        return self.random.choices(list(allowed), list(allowed.values()))[0]
+
     def flag(self, feature: str, probability: float) -> bool:
         """Whether an allowed feature is drawn."""
         return self.chance(probability) and feature not in self.banned
 
 
-def draw(seed: int) -> Case:
-    """Return the case of a seed: the same one on every machine."""
+def draw(seed: int, without: Iterable[str] = ()) -> Case:
+    """Return the case of a seed: the same one on every machine. ``without``: features to leave
+    out, as if an engine could not train them."""
     r = random.Random(seed * 7919 + 17)
     sides = _sides(r)
-    d = _Draw(r, {feature for side in sides for feature in CANNOT[side.engine]})
+    d = _Draw(r, {feature for side in sides for feature in CANNOT[side.engine]} | set(without))
     plain = all(not side.engine.startswith("zero") for side in sides)
     zeros = all(side.engine.startswith("zero") for side in sides)
+    if not plain and not zeros:
+        d.banned.add("Adagrad")  # DeepSpeed makes it anew with its defaults: a group's own are lost
     dtype = "fp32"
     if d.chance(0.2):
         dtype = d.one(["fp64", "bf16"]) if plain else "bf16" if zeros else "fp32"
@@ -169,6 +170,7 @@ def draw(seed: int) -> Case:
         wrapped=d.chance(0.5),
         trained=_trained(d),
         members=_members(d),
+        named=d.chance(0.15),
         sides=sides,
         scripts=_scripts(d),
         max_in_flight=(d.one([0, 2]), d.one([0, 2])),
@@ -218,22 +220,17 @@ def _tree(d: _Draw, depth: int) -> Node:
     return Node("tree", {"how": how}, children)
 
 
+LEAVES = {
+    "affine": 6, "embed": 3, "norm": 4, "conv": 3, "raw": 4, "buffers": 4, "late": 0.6, "extra": 1.2,
+    "window": 0.3, "noise": 1, "unused": 1,
+}  # fmt: skip
+
+
 def _leaf(d: _Draw) -> Node:
-    kinds = (
-        ["affine"] * 4
-        + ["embed"] * 2
-        + ["norm"] * 3
-        + ["conv"] * 2
-        + ["raw"] * 3
-        + ["buffers"] * 3
-        + ["late", "extra", "extra", "noise", "unused"]
-    )
-    kind = d.one(kinds)
+    kind = d.weighted(LEAVES)
     if kind == "affine":
         norm = d.one(["", "", "", "", "", "weight", "spectral"])
-        return Node(
-            kind, {"out": d.one([WIDTH, WIDTH, 1, 3, 7, 13]), "bias": d.chance(0.7), "norm": norm}
-        )
+        return Node(kind, {"out": d.one([WIDTH, WIDTH, 1, 3, 7, 13]), "bias": d.chance(0.7), "norm": norm})
     if kind == "embed":
         return Node(kind, {"padding": d.one([None, 0])})
     if kind == "norm":
@@ -274,9 +271,7 @@ def _raw(d: _Draw) -> dict[str, Any]:
 
 def _buffer(d: _Draw) -> tuple[str, tuple[int, ...], bool, str]:
     shape = d.one([(), (1,), (3,), (0,), (2, 0, 3), (2, 3), (5, 1)])
-    how = d.random.choices(
-        ["stays", "in place", "replaced", "tied", "transposed", "expanded"], [6, 4, 3, 1, 1, 0.4]
-    )[0]
+    how = d.weighted({"stays": 6, "in place": 4, "replaced": 3, "tied": 1, "transposed": 1, "expanded": 0.3})
     dtypes = list(values.DTYPES)
     if how in ("in place", "replaced"):
         dtypes = ["f32", "f64", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "c64"]
@@ -316,6 +311,10 @@ def _members(d: _Draw) -> dict[str, str]:
         found["sampler"] = ""
     if d.chance(0.15):
         found["position"] = ""
+    if d.chance(0.03):
+        found["apart"] = ""
+    if d.chance(0.1):
+        found["teacher"] = ""
     if d.chance(0.3):
         found["notes"] = d.one(values.ODD if d.chance(0.4) else values.PLAIN)
     return found

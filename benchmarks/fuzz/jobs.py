@@ -55,17 +55,13 @@ def hanging(folder: str) -> str:
     told = []
     for name in sorted(name for name in os.listdir(folder) if name.startswith(_STACKS)):
         with open(f"{folder}/{name}") as file:
-            lines = [
-                line.strip()
-                for line in file.read().partition("(most recent call first):")[2].splitlines()
-            ]
+            lines = [line.strip() for line in file.read().partition("(most recent call first):")[2].splitlines()]
         own = [line for line in lines if "site-packages" not in line and line.startswith("File")]
-        told.append(
-            f"{name.removeprefix('stacks of ')}: {' < '.join([*lines[1:2], *own[:2]])}"
-            if own
-            else name
-        )
+        told.append(f"{name.removeprefix('stacks of ')}: {' < '.join([*lines[1:2], *own[:2]])}" if own else name)
     return " | ".join(told)
+
+
+_ENGINE_ERRORS = {kind.__name__ for kind in EngineError.__subclasses__()}
 
 
 class _Ended(Exception):
@@ -114,17 +110,13 @@ class _Watched:
         self.progress = Progress()
         self.program: Program | None = None
         self.checkpointer: Checkpointer | None = None
-        self.waiting: list[
-            int
-        ] = []  # steps saved by this training, of which the next losses are to be noted
+        self.waiting: list[int] = []  # steps saved by this training, of which the next losses are to be noted
         self.expected: list[tuple[float, list[int]]] = []  # the next losses, after a resume
         self.is_same = case.sides[0] == case.sides[1] or part == 0
 
     def play(self) -> None:
         factor = self.case.factor if self.part else 1.0
-        self.program = Program(
-            self.case, self.side, seed=self.case.seed * 10 + self.part, factor=factor
-        )
+        self.program = Program(self.case, self.side, seed=self.case.seed * 10 + self.part, factor=factor)
         os.makedirs(f"{self.folder}/expected", exist_ok=True)
         if not self.case.late:
             self._attach()
@@ -183,12 +175,11 @@ class _Watched:
 
     def _save(self) -> None:
         program, checkpointer = self.program, self.checkpointer
-        assert program is not None and checkpointer is not None
+        assert program is not None
+        assert checkpointer is not None
         before = gather(program)
         step = self.progress.step
-        self._guarded(
-            "save", lambda: checkpointer.save(self.progress, {"loss": 0.1 * step}), before
-        )
+        self._guarded("save", lambda: checkpointer.save(self.progress, {"loss": 0.1 * step}), before)
         after = gather(program)
         self._agree(differences(before.everything(), after.everything()), "the save itself")
         self._keep(step, "held", _Kept(before, self.progress, self.side))
@@ -200,7 +191,8 @@ class _Watched:
 
     def _resume(self, what: int | str) -> None:
         program, checkpointer = self.program, self.checkpointer
-        assert program is not None and checkpointer is not None
+        assert program is not None
+        assert checkpointer is not None
         before, named = gather(program), what if isinstance(what, str) else f"step:{what}"
         got: list[Progress] = []
         self._guarded("resume", lambda: got.append(checkpointer.resume(named)), before)
@@ -211,7 +203,7 @@ class _Watched:
                 what = int(file.read())
         kept, following = self._expected(int(what))
         after = gather(program)
-        told = differences(*self._comparable(kept.held.shared, after.shared, kept.side.engine))
+        told = self._differing(kept.held.shared, after.shared, kept.side.engine)
         told += self._masters(after.shared)
         told += differences(kept.held.own, after.own) if kept.held.own else []
         told += differences(before.untouched, after.untouched)
@@ -254,7 +246,7 @@ class _Watched:
         except Exception as e:  # noqa: BLE001 - which of them it may be is what is judged
             error, told = e, _last_lines(traceback.format_exc())
         kinds: list[Any] = [None] * dist.get_world_size()
-        mine = "" if error is None else "refused" if isinstance(error, EngineError) else "crashed"
+        mine = "" if error is None else "refused" if _is_meant(error) else "crashed"
         dist.all_gather_object(kinds, mine)
         if not any(kinds):
             return
@@ -273,41 +265,25 @@ class _Watched:
         changed = differences(before.everything(), gather(self.program).everything())
         where = f"{name}, {self.where}"
         if changed:
-            raise _Ended(
-                Shown("different", where, f"refused, but changed {changed[:3]}: {message}")
-            )
+            raise _Ended(Shown("different", where, f"refused, but changed {changed[:3]}: {message}"))
         if not self._names_something(message, before):
             raise _Ended(Shown("different", where, f"refused without a name: {message}"))
         raise _Ended(Shown("refused", where, message))
 
     def _names_something(self, message: str, before: Held) -> bool:
         assert self.program is not None
-        words = {
-            type(made).__name__ for made in (*self.program.optimizers, *self.program.schedulers)
-        } | set(self.program.members)
+        words = {type(made).__name__ for made in (*self.program.optimizers, *self.program.schedulers)} | set(self.program.members)
         for held in (before.shared, before.untouched, before.own):
             for label in held:
                 kind, _, name = label.partition(" ")
-                words |= (
-                    {name, normalise(name)} if kind in ("parameter", "buffer", "master") else set()
-                )
+                words |= {name, normalise(name)} if kind in ("parameter", "buffer", "master") else set()
                 if kind == "extra":
                     words.add(label.removeprefix("extra state "))
         for optimizer in self.program.optimizers:
             words |= {key for group in optimizer.param_groups for key in group}
-            words |= {
-                key
-                for state in optimizer.state.values()
-                if isinstance(state, dict)
-                for key in state
-                if isinstance(key, str)
-            }
+            words |= {key for state in optimizer.state.values() if isinstance(state, dict) for key in state if isinstance(key, str)}
             words |= {key for key in optimizer.state if isinstance(key, str)}
-        return any(
-            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message)
-            for word in words - _GENERIC
-            if word
-        )
+        return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message) for word in words - _GENERIC if word)
 
     def _agree(self, told: list[str], where: str) -> None:
         """End on all ranks where one has seen a difference, so that none waits for others."""
@@ -315,22 +291,13 @@ class _Watched:
         dist.all_gather_object(found, told[:6])
         for rank, lines in enumerate(found):
             if lines:
-                raise _Ended(
-                    Shown(
-                        "different", f"{where}, {self.where}", f"rank {rank}: " + "; ".join(lines)
-                    )
-                )
+                raise _Ended(Shown("different", f"{where}, {self.where}", f"rank {rank}: " + "; ".join(lines)))
 
-    def _comparable(
-        self, was: dict[str, Any], now: dict[str, Any], engine: str
-    ) -> list[dict[str, Any]]:
+    def _differing(self, was: dict[str, Any], now: dict[str, Any], engine: str) -> list[str]:
         """Of what one engine held what the other has too: masters and counters are DeepSpeed's only."""
-        if engine.startswith("zero") == self.side.engine.startswith("zero"):
-            return [was, now]
-        return [
-            {k: v for k, v in held.items() if not k.startswith(("master ", "counters"))}
-            for held in (was, now)
-        ]
+        if engine.startswith("zero") != self.side.engine.startswith("zero"):
+            was, now = ({k: v for k, v in held.items() if not k.startswith(("master ", "counters"))} for held in (was, now))
+        return differences(was, now)
 
     def _masters(self, shared: dict[str, Any]) -> list[str]:
         """DeepSpeed's masters are what is trained with, rounded where that is bf16."""
@@ -338,10 +305,14 @@ class _Watched:
         for label, master in shared.items():
             if label.startswith("master "):
                 low = shared[label.replace("master", "parameter", 1)]
-                found += differences(
-                    master.to(low.dtype), low, f"{label} against what is trained with"
-                )
+                found += differences(master.to(low.dtype), low, f"{label} against what is trained with")
         return found
+
+
+def _is_meant(error: BaseException) -> bool:
+    """Whether it is an engine's error, and not a peer's news of one of another kind."""
+    failed = re.search(r"rank \d+ failed: (\w+):", str(error))
+    return isinstance(error, EngineError) and (failed is None or failed[1] in _ENGINE_ERRORS)
 
 
 def _last_lines(told: str) -> str:

@@ -13,9 +13,7 @@ class Average:
     """An exponential moving average of some parameters, cut as they are; ``gathered`` gives access to a parameter."""
 
     def __init__(self, module: nn.Module, gathered: Any) -> None:
-        named: list[tuple[str, Any]] = [
-            (n, p) for n, p in module.named_parameters() if p.requires_grad
-        ]
+        named: list[tuple[str, Any]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._followed, self._gathered = dict(named[:3]), gathered
         self.decay, self.updates = 0.9, 0
         self.shadow = {}
@@ -70,6 +68,39 @@ class Notes:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.held = state["held"]
+
+
+class Apart:
+    """Numbers that differ by rank, though nobody says so."""
+
+    def __init__(self, rank: int) -> None:
+        self.at = 100 * rank
+
+    def step(self) -> None:
+        self.at += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+class Teacher(nn.Module):
+    """A second model, which no optimizer trains: every step moves it all the same."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        start = torch.Generator().manual_seed(seed)
+        self.lin = nn.Linear(4, 3).requires_grad_(False)
+        for p in self.lin.parameters():
+            p.copy_(torch.randn(p.shape, generator=start))
+        self.norm = nn.BatchNorm1d(3)
+
+    def step(self) -> None:
+        with torch.no_grad():
+            self.norm(self.lin(torch.ones(2, 4)))
+            self.lin.weight.mul_(0.9)
 
 
 class Position:

@@ -1,5 +1,6 @@
 """Random module trees: every kind of parameter, buffer and extra state, each in a forward that uses it."""
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,11 +59,8 @@ class Tree(nn.Module):
                 self.add_module(name, child)
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        if self.how == "list":
-            inner: Any = list(self.inner)
-        else:
-            inner = [(self.inner if self.how == "dict" else self._modules)[n] for n in self.order]
-        for child in inner:
+        held: Any = self._modules if self.how == "attributes" else self.inner
+        for child in held if self.how == "list" else [held[name] for name in self.order]:
             x = child(x, ids)
         return x
 
@@ -125,9 +123,7 @@ class Conv(nn.Module):
 class Raw(nn.Module):
     """Parameters of any shape; ``transposed`` ones are not contiguous."""
 
-    def __init__(
-        self, make: Maker, shapes: list[tuple[int, ...]], held: str, transposed: bool
-    ) -> None:
+    def __init__(self, make: Maker, shapes: list[tuple[int, ...]], held: str, transposed: bool) -> None:
         super().__init__()
         self.held = held
         made = [nn.Parameter(torch.empty(shape)) for shape in shapes]
@@ -211,9 +207,7 @@ class Extra(nn.Module):
 
     def __init__(self, make: Maker, kind: str) -> None:
         super().__init__()
-        self._held = [
-            values.make(kind, make.number())
-        ]  # in a list, so that none becomes a parameter
+        self._held = [values.make(kind, make.number())]  # in a list, so that none becomes a parameter
 
     def get_extra_state(self) -> Any:
         return self._held[0]
@@ -224,6 +218,26 @@ class Extra(nn.Module):
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         self._held = [values.bump(self._held[0])]
         return x + values.weigh(self._held[0])
+
+
+class Window(nn.Module):
+    """A tensor that is no buffer, and a number, in the state dict all the same."""
+
+    def __init__(self, make: Maker) -> None:
+        super().__init__()
+        self._seen = [torch.full((3,), float(make.number() % 7))]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}seen"] = self._seen[0]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        self._seen = [state.pop(f"{prefix}seen")]
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        self._seen = [self._seen[0] * 0.5 + 1]
+        return x + values.weigh(self._seen[0])
 
 
 class Noise(nn.Module):
@@ -248,7 +262,7 @@ class Unused(nn.Module):
 
 KINDS: dict[str, type[nn.Module]] = {
     "affine": Affine, "embed": Embed, "norm": Norm, "conv": Conv, "raw": Raw, "buffers": Buffers, "late": Late,
-    "extra": Extra, "noise": Noise, "unused": Unused,
+    "extra": Extra, "window": Window, "noise": Noise, "unused": Unused,
 }  # fmt: skip
 
 
@@ -268,13 +282,9 @@ def build(node: Node, seed: int, dtype: str, tied: int, frozen: int) -> Root:
     """Return the model of a tree. Of its square weights ``tied`` pairs are one; every ``frozen``-th parameter is frozen."""
     make = Maker(seed)
     root = Root(_build(node, make), DTYPES[dtype])
-    square = [
-        m.lin for m in root.modules() if isinstance(m, Affine) and isinstance(m.lin, nn.Linear)
-    ]
-    square = [
-        lin for lin in square if not hasattr(lin, "parametrizations") and len(lin.weight) == WIDTH
-    ]
-    for first, second in list(zip(square, square[1:]))[:tied]:
+    square = [m.lin for m in root.modules() if isinstance(m, Affine) and isinstance(m.lin, nn.Linear)]
+    square = [lin for lin in square if not hasattr(lin, "parametrizations") and len(lin.weight) == WIDTH]
+    for first, second in list(itertools.pairwise(square))[:tied]:
         second.weight = first.weight
     with torch.no_grad():
         for name, p in root.named_parameters():
@@ -296,7 +306,5 @@ def build(node: Node, seed: int, dtype: str, tied: int, frozen: int) -> Root:
 
 def _build(node: Node, make: Maker) -> nn.Module:
     if node.kind == "tree":
-        return Tree(
-            make, {name: _build(child, make) for name, child in node.children.items()}, **node.args
-        )
+        return Tree(make, {name: _build(child, make) for name, child in node.children.items()}, **node.args)
     return KINDS[node.kind](make, **node.args)

@@ -27,9 +27,7 @@ class Own(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     rate = self.rate(p, group)
-                    p.mul_(1 - rate * group["weight_decay"]).sub_(
-                        self.direction(p, group), alpha=rate
-                    )
+                    p.mul_(1 - rate * group["weight_decay"]).sub_(self.direction(p, group), alpha=rate)
 
     def begin(self, group: dict[str, Any]) -> None:
         """Count what a group counts."""
@@ -134,15 +132,18 @@ class KeyedState(Own):
 
     def begin(self, group: dict[str, Any]) -> None:
         if self.kind == "dict":
-            shared = self.state["shared"]
+            shared = self._held()["shared"]
             shared["count"] = shared.get("count", 0) + 1
             shared["norm"] = shared.get("norm", torch.zeros(())) + 0.5
         else:
-            self.state["count"] = self.state.get("count", 0) + 1  # type: ignore[index, assignment]
+            self._held()["count"] = self._held().get("count", 0) + 1
 
     def rate(self, p: torch.Tensor, group: dict[str, Any]) -> float:
-        held: Any = self.state["shared" if self.kind == "dict" else "count"]
+        held = self._held()["shared" if self.kind == "dict" else "count"]
         return group["lr"] / (held["count"] if self.kind == "dict" else held) ** 0.5
+
+    def _held(self) -> Any:
+        return self.state
 
 
 class Nested(Own):
@@ -182,9 +183,7 @@ class Lowered(Own):
         state["mean"].mul_(group["momentum"]).add_(grad)
         state["signs"].copy_(grad.sign())
         state["sum"].add_(grad.double() / 3)
-        return (
-            state["mean"].to(p.dtype) + 0.1 * state["signs"].to(p.dtype) + state["sum"].to(p.dtype)
-        )
+        return state["mean"].to(p.dtype) + 0.1 * state["signs"].to(p.dtype) + state["sum"].to(p.dtype)
 
 
 class Replaced(Own):
@@ -202,9 +201,7 @@ class Shared(Own):
     def direction(self, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
         state = self.state[p]
         if "norm" not in state:
-            held = [
-                self.state[q]["norm"] for q in group["params"] if "norm" in self.state.get(q, {})
-            ]
+            held = [self.state[q]["norm"] for q in group["params"] if "norm" in self.state.get(q, {})]
             state["norm"] = held[0] if held else torch.zeros(())
         state["norm"].add_(0.25)
         return super().direction(p, group) * (1 + state["norm"].item())
@@ -315,13 +312,11 @@ class WarmUp:
 class Gradual(torch_schedulers.LRScheduler):
     """As a warm-up of that name in use: the scheduler that follows is an attribute, so its state dict holds the object."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, after_scheduler: Any, total: int = 2
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, after_scheduler: Any, total: int = 2) -> None:
         self.total, self.after_scheduler, self.finished = total, after_scheduler, False
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]
+    def get_lr(self) -> list[Any]:
         if self.last_epoch > self.total:
             return [group["lr"] for group in self.optimizer.param_groups]
         return [base * (self.last_epoch + 1) / (self.total + 1) for base in self.base_lrs]
@@ -385,9 +380,7 @@ def _sequential(o: torch.optim.Optimizer) -> Any:
 
 
 def _chained(o: torch.optim.Optimizer) -> Any:
-    return torch_schedulers.ChainedScheduler(
-        [torch_schedulers.ConstantLR(o, 0.5, 2), torch_schedulers.ExponentialLR(o, 0.9)]
-    )
+    return torch_schedulers.ChainedScheduler([torch_schedulers.ConstantLR(o, 0.5, 2), torch_schedulers.ExponentialLR(o, 0.9)])
 
 
 def _deep(o: torch.optim.Optimizer) -> Any:
@@ -403,9 +396,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "MultiStepLR": lambda o: torch_schedulers.MultiStepLR(o, [2, 4], 0.5),
     "CosineAnnealingLR": lambda o: torch_schedulers.CosineAnnealingLR(o, 8),
     "CosineAnnealingWarmRestarts": lambda o: torch_schedulers.CosineAnnealingWarmRestarts(o, 2, 2),
-    "OneCycleLR": lambda o: torch_schedulers.OneCycleLR(
-        o, 0.02, total_steps=40, cycle_momentum=False
-    ),
+    "OneCycleLR": lambda o: torch_schedulers.OneCycleLR(o, 0.02, total_steps=40, cycle_momentum=False),
     "CyclicLR": lambda o: torch_schedulers.CyclicLR(o, 1e-3, 1e-2, 3, cycle_momentum=False),
     "PolynomialLR": lambda o: torch_schedulers.PolynomialLR(o, 12, 2.0),
     "ReduceLROnPlateau": lambda o: _Plateau(o, patience=1),

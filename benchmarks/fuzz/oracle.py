@@ -63,8 +63,8 @@ def gather(program: Program) -> Held:
     for name, p in program.module.named_parameters():
         with program.gathered(p):
             shared[f"parameter {name}"] = copied(p.data)
-        if flats is not None and p.requires_grad:
-            shared[f"master {name}"] = flats.cut(name, p, flats.master(p))
+    if flats is not None:
+        shared |= {f"master {name}": flats.cut(p, flats.flat(p)) for name, p in flats.named()}
     for prefix, module in program.module.named_modules():
         for leaf, buffer in module._buffers.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
@@ -72,6 +72,8 @@ def gather(program: Program) -> Held:
             (shared if is_saved else untouched)[f"buffer {name}"] = copied(buffer)
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             shared[f"extra state {prefix}"] = copied(module.get_extra_state())
+        for key, value in _further_entries(module).items():
+            shared[f"entry {prefix}.{key}"] = copied(value)
     for i, optimizer in enumerate(program.optimizers):
         _gather_optimizer(f"optimizer {i}", program, optimizer, names, flats, shared)
     for i, scheduler in enumerate(program.schedulers):
@@ -80,12 +82,11 @@ def gather(program: Program) -> Held:
     for name, made in program.objects.items():
         if name == "sampler":
             continue  # its state is where samples go on, which training shows
-        (own if name == "position" else shared)[f"member {name}"] = copied(made.state_dict())
+        is_own = name in ("position", "apart")
+        (own if is_own else shared)[f"member {name}"] = copied(made.state_dict())
     if program.deepspeed is not None:
         counters = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
-        shared["counters"] = copied(
-            {name: int(getattr(program.deepspeed, name)) for name in counters}
-        )
+        shared["counters"] = copied({name: int(getattr(program.deepspeed, name)) for name in counters})
     own["random state"] = [
         random.getstate(),
         copied(np.random.get_state()),
@@ -93,6 +94,16 @@ def gather(program: Program) -> Held:
     ]
     _put_together(shared, own)
     return Held(shared, own, untouched)
+
+
+def _further_entries(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module adds to its state dict by a method of its own."""
+    kind = type(module)
+    if kind._save_to_state_dict is torch.nn.Module._save_to_state_dict or kind.__module__.startswith("torch."):
+        return {}
+    found: dict[str, Any] = {}
+    module._save_to_state_dict(found, "", False)
+    return {key: found[key] for key in found.keys() - module._parameters.keys() - module._buffers.keys()}
 
 
 def _gather_optimizer(
@@ -110,21 +121,11 @@ def _gather_optimizer(
         further: dict[str, Any] = {}
     else:
         plain = optimizer.state_dict()
-        groups = [
-            [names[id(p)] for p in group["params"] if p.requires_grad]
-            for group in optimizer.param_groups
-        ]
+        groups = [[names[id(p)] for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
         by_index: dict[Any, tuple[str, Any]] = {}
         for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
-            by_index |= {
-                index: (names[id(p)], p)
-                for index, p in zip(packed["params"], group["params"], strict=True)
-            }
-        states = {
-            by_index[k][0]: _localised(v, by_index[k][1])
-            for k, v in plain["state"].items()
-            if k in by_index
-        }
+            by_index |= {index: (names[id(p)], p) for index, p in zip(packed["params"], group["params"], strict=True)}
+        states = {by_index[k][0]: _localised(v, by_index[k][1]) for k, v in plain["state"].items() if k in by_index}
         rest = {k: v for k, v in plain["state"].items() if k not in by_index}
         further = {k: v for k, v in plain.items() if k not in ("state", "param_groups")}
     for i, group in enumerate(optimizer.param_groups):
@@ -138,11 +139,7 @@ def _gather_optimizer(
             into[f"{label} state under {key}"] = copied(value)
     for key, value in further.items():
         into[f"{label} entry {key}"] = copied(value)
-    if (
-        isinstance(optimizer, torch.optim.Optimizer)
-        and hasattr(optimizer, "tally")
-        and flats is not None
-    ):
+    if isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "tally") and flats is not None:
         into[f"{label} entry tally"] = copied(optimizer.state_dict()["tally"])
 
 
@@ -152,12 +149,7 @@ def _localised(value: Any, parameter: Any) -> Any:
         return {key: _localised(inner, parameter) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_localised(inner, parameter) for inner in value)
-    if (
-        isinstance(parameter, DTensor)
-        and isinstance(value, torch.Tensor)
-        and not isinstance(value, DTensor)
-        and value.ndim
-    ):
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim:
         if value.shape == parameter._local_tensor.shape:
             whole = DTensor.from_local(
                 value,
@@ -183,9 +175,7 @@ class _Flats:
 
     def __init__(self, program: Program) -> None:
         self._wrapper: Any = program.deepspeed.optimizer
-        self._names = [
-            (name, p) for name, p in program.module.named_parameters() if p.requires_grad
-        ]
+        self._names = [(name, p) for name, p in program.module.named_parameters() if p.requires_grad]
         w = self._wrapper
         if program.side.engine == "zero3":
             self.flats, self._groups = w.fp32_partitioned_groups_flat, w.fp16_groups
@@ -197,6 +187,7 @@ class _Flats:
         self._number = {id(p): i for i, group in enumerate(self._groups) for p in group}
 
     def named(self) -> list[tuple[str, Any]]:
+        """Parameters that have a place in it: empty ones have none."""
         return [(name, p) for name, p in self._names if id(p) in self._number]
 
     def groups(self) -> list[list[str]]:
@@ -211,9 +202,6 @@ class _Flats:
     def flat(self, p: Any) -> torch.Tensor:
         return self.flats[self._number[id(p)]]
 
-    def master(self, p: Any) -> torch.Tensor:
-        return self.flat(p)
-
     def state(self, p: Any) -> dict[Any, Any]:
         flat = self.flat(p)
         return self._cut_all(p, flat, dict(self._wrapper.optimizer.state.get(flat, {})))
@@ -224,10 +212,10 @@ class _Flats:
         if isinstance(value, (list, tuple)):
             return type(value)(self._cut_all(p, flat, inner) for inner in value)
         if isinstance(value, torch.Tensor) and value.ndim:
-            return self.cut("", p, value) if value.shape == flat.shape else Apart(value)
+            return self.cut(p, value) if value.shape == flat.shape else Apart(value)
         return value
 
-    def cut(self, name: str, p: Any, value: torch.Tensor) -> Whole:
+    def cut(self, p: Any, value: torch.Tensor) -> Whole:
         """This rank's piece of what a flat tensor has for a parameter."""
         if self._is_zero3:
             _, begin, count = self._wrapper.grad_position[self._wrapper.get_param_id(p)]
@@ -275,18 +263,14 @@ def copied(value: Any) -> Any:
         return Sequence(type(value).__qualname__, sorted(map(copied, value), key=repr))
     if isinstance(value, io.BytesIO):
         return Sequence("BytesIO", [value.getvalue()])
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value):
         return Dict(
             type(value).__qualname__,
             [(f.name, copied(getattr(value, f.name))) for f in dataclasses.fields(value)],
         )
-    if hasattr(value, "state_dict"):
-        return Dict(
-            f"object {type(value).__qualname__}", [("state_dict()", copied(value.state_dict()))]
-        )
-    if isinstance(
-        value, (type(None), bool, int, float, complex, str, bytes, bytearray, enum.Enum, np.generic)
-    ):
+    if (state := getattr(value, "state_dict", None)) is not None:
+        return Dict(f"object {type(value).__qualname__}", [("state_dict()", copied(state()))])
+    if isinstance(value, (type(None), bool, int, float, complex, str, bytes, bytearray, enum.Enum, np.generic)):
         return value
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
@@ -364,9 +348,7 @@ def differences(was: Any, now: Any, path: str = "") -> list[str]:
         if was.kind != now.kind or len(was.items) != len(now.items):
             return [f"{path}: {_worded(was)} became {_worded(now)}"]
         pairs = zip(was.items, now.items, strict=True)
-        return [
-            line for i, (a, b) in enumerate(pairs) for line in differences(a, b, f"{path}[{i}]")
-        ]
+        return [line for i, (a, b) in enumerate(pairs) for line in differences(a, b, f"{path}[{i}]")]
     if isinstance(was, list):
         return differences(Sequence("list", was), Sequence("list", now), path)
     return [] if alike(was, now) else [f"{path}: {_worded(was)} became {_worded(now)}"]
@@ -417,16 +399,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _worded(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         name = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        return (
-            f"{name} {value.reshape(-1)[:3].tolist()}"
-            if value.layout is torch.strided and value.numel()
-            else name
-        )
+        return f"{name} {value.reshape(-1)[:3].tolist()}" if value.layout is torch.strided and value.numel() else name
     if isinstance(value, (Dict, Sequence)):
-        inner = (
-            [f"{k}" for k, _ in value.items]
-            if isinstance(value, Dict)
-            else [_worded(v) for v in value.items]
-        )
+        inner = [f"{k}" for k, _ in value.items] if isinstance(value, Dict) else [_worded(v) for v in value.items]
         return f"{value.kind}({', '.join(inner)[:80]})"
     return f"{type(value).__name__} {value!r}"[:80]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.fuzz.cases import Case, Side
-from benchmarks.fuzz.members import Average, Notes, Position, Scaler, ungathered
+from benchmarks.fuzz.members import Apart, Average, Notes, Position, Scaler, Teacher, ungathered
 from benchmarks.fuzz.modules import VOCABULARY, build
 from benchmarks.fuzz.optimizers import OPTIMIZERS, SCHEDULERS
 from benchmarks.zoo import VARIANTS, _initialize, _zero_options
@@ -33,22 +33,17 @@ class Program:
         if side.engine == "fsdp2":
             self._shard()
             groups = self._groups(factor)
-        self.optimizers = [
-            OPTIMIZERS[one.optimizer](given) for one, given in zip(case.trained, groups)
-        ]
-        self.schedulers = [
-            SCHEDULERS[one.scheduler](optimizer) if one.scheduler else None
-            for one, optimizer in zip(case.trained, self.optimizers)
-        ]
+        self.optimizers = [OPTIMIZERS[one.optimizer](given) for one, given in zip(case.trained, groups)]
+        self.schedulers = [SCHEDULERS[one.scheduler](optimizer) if one.scheduler else None for one, optimizer in zip(case.trained, self.optimizers)]
         self.forward: Any = self.module
         if side.engine.startswith("zero"):
             self._zero()
         elif side.engine == "ddp":
-            self.forward = nn.parallel.DistributedDataParallel(
-                self.module, find_unused_parameters=True, init_sync=False, broadcast_buffers=False
-            )
-        self.model = self._model()
+            self.forward = nn.parallel.DistributedDataParallel(self.module, find_unused_parameters=True, init_sync=False, broadcast_buffers=False)
         self.members: dict[str, Any] = {}
+        self.model = self._model()
+        if case.named:
+            self.model, self.members["student"] = None, self.model
         self.objects: dict[str, Any] = {}
         for name, kind in case.members.items():
             self._add_member(name, kind, seed)
@@ -64,10 +59,7 @@ class Program:
         parts = [given]
         if len(case.trained) == 2:
             is_first = [p.ndim == 2 and p.numel() > 0 for p in given]
-            parts = [
-                [p for p, first in zip(given, is_first) if first == which]
-                for which in (True, False)
-            ]
+            parts = [[p for p, first in zip(given, is_first) if first == which] for which in (True, False)]
         return [self._cut(one, part, factor) for one, part in zip(case.trained, parts)]
 
     def _cut(self, one: Any, part: list[nn.Parameter], factor: float) -> list[dict[str, Any]]:
@@ -80,9 +72,7 @@ class Program:
             params = trained[i :: one.groups]
             if i == 0:
                 params += [p for p in part if not p.requires_grad]
-            groups.append(
-                {"params": params, "lr": lr, "weight_decay": 0.1 * (i % 2), "label": f"g{i}"}
-            )
+            groups.append({"params": params, "lr": lr, "weight_decay": 0.1 * (i % 2), "label": f"g{i}"})
         return groups
 
     def _shard(self) -> None:
@@ -114,9 +104,7 @@ class Program:
         if self.case.dtype == "bf16":
             config["bf16"] = {"enabled": True}
         optimizer, scheduler = self.optimizers[0], self.schedulers[0]
-        self.deepspeed = self.forward = _initialize(
-            model=self.module, optimizer=optimizer, lr_scheduler=scheduler, config=config
-        )
+        self.deepspeed = self.forward = _initialize(model=self.module, optimizer=optimizer, lr_scheduler=scheduler, config=config)
         inner: Any = self.deepspeed.optimizer.optimizer
         self.optimizers = [inner]
 
@@ -138,6 +126,10 @@ class Program:
             made = Average(self.module, self.gathered)
         elif name == "scaler":
             made = Scaler()
+        elif name == "apart":
+            made = Apart(self.rank)
+        elif name == "teacher":
+            made = Teacher(seed)
         elif name == "position":
             made = Position(self.rank, seed)
         else:

@@ -119,7 +119,8 @@ def bump(value: Any) -> Any:
     if type(value) is dict:
         return {key: bump(inner) for key, inner in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(bump(inner) for inner in value)
+        bumped = [bump(inner) for inner in value]
+        return bumped if type(value) is list else tuple(bumped)
     return value
 
 
