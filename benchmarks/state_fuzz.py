@@ -38,15 +38,9 @@ def run_seed(seed: int, pools: Pools, check: bool = True, without: Sequence[str]
                 break
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    seconds = time.perf_counter() - began
-    return {
-        "seed": seed,
-        "outcome": shown.outcome,
-        "seconds": seconds,
-        "case": case.described(),
-        "where": shown.where,
-        "reason": shown.reason,
-    }
+    row = {"seed": seed, "outcome": shown.outcome, "seconds": time.perf_counter() - began, "case": case.described()}
+    row |= {"where": shown.where, "reason": " ".join(shown.reason.split())}
+    return row | {"shown": row["case"] + (f" — {row['where']}: {row['reason']}"[:900] if shown.outcome != "equal" else "")}
 
 
 def _run(pools: Pools, world_size: int, case: cases.Case, part: int, folder: str, check: bool) -> Shown:
@@ -88,7 +82,7 @@ if __name__ == "__main__":
     main(
         measure,
         __doc__,
-        shown=("seed", "outcome", "case", "where", "reason"),
+        shown=("seed", "outcome", "shown"),
         options={
             "seeds": (int, "how many seeds"),
             "first": (int, "the first of them"),

@@ -13,7 +13,8 @@ from benchmarks.fuzz.optimizers import OPTIMIZERS, SCHEDULERS
 ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 WORLD_SIZES = (1, 2, 3)
 Op = tuple[Any, ...]
-"""``("train", steps)``, ``("save",)``, or ``("resume", what)``: a step's number or ``latest``."""
+"""``("train", steps)``; ``("save",)``; ``("resume", what)``: a step's number or ``latest``; and
+``("unfreeze",)``: an optimizer is given one more group, with a parameter that was frozen."""
 
 _SCALAR = "0-d parameter"
 _DEEPSPEED = {
@@ -24,6 +25,9 @@ _DEEPSPEED = {
     "ReduceLROnPlateau": "a scheduler is stepped without a metric",
     "fp64": "masters are fp32",
     "Muon": "masters are flat, and it takes matrices only",
+    "Around": "the groups of an inner optimizer are not those that get flat masters",
+    "Duck": "it drives a torch.optim.Optimizer",
+    "KeyedState int": "it walks through states as if each were a dict",
 }
 _OUTSIDE = "a parametrization computes with parameters outside the forward that gathers them"
 CANNOT: dict[str, dict[str, str]] = {
@@ -71,10 +75,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Case:
-    """``tied`` and ``frozen``: see :func:`benchmarks.fuzz.modules.build`. ``frozen_given``: frozen parameters are in the optimizer
-    too. ``left_out``: one that is trained is in none. ``wrapped``: FSDP2 shards submodules on their own. ``members``: kinds by name.
-    ``late``: the Checkpointer is made after the first steps. ``source``, ``target``: where each script runs; ``max_in_flight`` of
-    each. ``named``: the model is a member with a name. ``factor``: of the target's own learning rates before it resumes."""
+    """``tied`` and ``frozen``: see :func:`benchmarks.fuzz.modules.build`. ``frozen_given``: frozen
+    parameters are in the optimizer too. ``left_out``: one that is trained is in none. ``wrapped``:
+    FSDP2 shards submodules on their own. ``members``: kinds by name. ``named``: the model is a
+    member with a name.
+
+    Of the source and the target: ``sides``, ``scripts``, ``max_in_flight``, and ``around``, what is
+    switched on around each call of the engine. ``late``: the Checkpointer is made when it is first
+    used. ``factor``: of the target's own learning rates.
+    """
 
     seed: int
     dtype: str
@@ -92,6 +101,7 @@ class Case:
     max_in_flight: tuple[int, int]
     late: bool
     factor: float
+    around: tuple[str, str]
 
     def described(self) -> str:
         leaves = Counter(_shown(node) for node in self.tree.walk() if node.kind != "tree")
@@ -113,6 +123,7 @@ class Case:
             text += " with a tensor lr" if one.tensor_lr else ""
             parts.append(text + (f" under {one.scheduler}" if one.scheduler else ""))
         parts += [f"{name}: {kind}" if kind else name for name, kind in self.members.items()]
+        parts += [f"{self.around[0]} around, {self.around[1]} around"] if self.around != ("nothing", "nothing") else []
         parts += [" ".join("".join(map(str, op)) for op in script) for script in self.scripts]
         return "; ".join([*parts, f"in flight {self.max_in_flight[0]}, {self.max_in_flight[1]}"])
 
@@ -159,24 +170,36 @@ def draw(seed: int, without: Iterable[str] = ()) -> Case:
     if d.chance(0.2):
         dtype = d.one(["fp64", "bf16"]) if plain else "bf16" if zeros else "fp32"
     tree = _tree(d, depth=0)
+    if any(0 in shape for node in tree.walk() for shape in node.args.get("shapes", ())):
+        d.banned.add("Adafactor")  # it divides by the number of elements
+    frozen, given = d.one([0, 0, 0, 2, 3, 5]), d.chance(0.3)
+    trained, scripts = _trained(d), _scripts(d)
+    can_unfreeze = frozen and not given and not any(one.scheduler for one in trained)
+    if can_unfreeze and all(side.engine == "single" for side in sides) and d.flag("unfreeze", 0.5):
+        scripts = _unfreezing(d, scripts)
     return Case(
         seed=seed,
         dtype=dtype,
         tree=tree,
         tied=d.one([0, 0, 0, 1, 2]),
-        frozen=d.one([0, 0, 0, 2, 3, 5]),
-        frozen_given=d.chance(0.3),
+        frozen=frozen,
+        frozen_given=given,
         left_out=d.flag("left out", 0.1),
         wrapped=d.chance(0.5),
-        trained=_trained(d),
+        trained=trained,
         members=_members(d),
         named=d.chance(0.15),
         sides=sides,
-        scripts=_scripts(d),
+        scripts=scripts,
         max_in_flight=(d.one([0, 2]), d.one([0, 2])),
         late=d.chance(0.2),
         factor=d.one([1.0, 1.0, 1.0, 0.5]),
+        around=(_around(d), _around(d)),
     )
+
+
+def _around(d: _Draw) -> str:
+    return d.weighted({"nothing": 12, "no_grad": 1, "inference_mode": 1, "autocast": 1, "default float64": 1})
 
 
 def _sides(r: random.Random) -> tuple[Side, Side]:
@@ -297,6 +320,8 @@ def _trained(d: _Draw) -> tuple[Trained, ...]:
         scheduler = d.one(SCHEDULERS) if d.chance(0.6) and not tensor_lr else ""
         if name == "Adagrad" and "two optimizers" in d.banned:
             scheduler = ""
+        if name == "Duck" and scheduler not in ("Tracked", "Partial"):
+            scheduler = ""  # torch's schedulers take torch's optimizers only
         found.append(Trained(name, groups, tensor_lr, scheduler))
     return tuple(found)
 
@@ -351,3 +376,11 @@ def _scripts(d: _Draw) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
             ("train", 2),
         ]
     return tuple(first), tuple(second)
+
+
+def _unfreezing(d: _Draw, scripts: tuple[tuple[Op, ...], tuple[Op, ...]]) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """The source unfreezes before some save; the target before it resumes, or not at all."""
+    first, second = scripts
+    at = d.one([i for i, op in enumerate(first) if op[0] == "save"])
+    first = (*first[:at], ("unfreeze",), ("train", 1), *first[at:])
+    return first, (("unfreeze",), *second) if d.chance(0.5) else second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import logging
@@ -9,6 +10,7 @@ import os
 import re
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +62,23 @@ def hanging(folder: str) -> str:
         told.append(f"{name.removeprefix('stacks of ')}: {' < '.join([*lines[1:2], *own[:2]])}" if own else name)
     return " | ".join(told)
 
+
+@contextlib.contextmanager
+def _double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+_SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "nothing": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default float64": _double,
+}
 
 _ENGINE_ERRORS = {kind.__name__ for kind in EngineError.__subclasses__()}
 
@@ -125,12 +144,14 @@ class _Watched:
             if op[0] == "train":
                 for _ in range(op[1]):
                     self._train()
+            elif op[0] == "unfreeze":
+                self.program.unfreeze()
             elif self.check:
                 self._attach()
                 self._save() if op[0] == "save" else self._resume(op[1])
         if self.checkpointer is not None:
-            self.where = "close"
-            self.checkpointer.close()
+            self.where = "at the end"
+            self._guarded("close", self.checkpointer.close, gather(self.program))
 
     def close(self) -> None:
         if self.program is not None:
@@ -155,7 +176,12 @@ class _Watched:
 
     def _train(self) -> None:
         assert self.program is not None
-        found = self.program.step(self.progress.step)
+        try:
+            found = self.program.step(self.progress.step)
+        except EngineError as e:  # state that has just come to be is refused at once
+            message = f"{type(e).__name__}: {e}"
+            is_early = not self.touched and _is_meant(e) and self._names_something(message, gather(self.program))
+            raise _Ended(Shown("refused" if is_early else "different", f"training, {self.where}", message)) from e
         self.progress.advance(SAMPLES_A_STEP)
         for step in self.waiting:
             self._note(step, found)
@@ -242,7 +268,8 @@ class _Watched:
         error: BaseException | None = None
         told = ""
         try:
-            act()
+            with _SURROUNDINGS[self.case.around[self.part]]():
+                act()
         except Exception as e:  # noqa: BLE001 - which of them it may be is what is judged
             error, told = e, _last_lines(traceback.format_exc())
         kinds: list[Any] = [None] * dist.get_world_size()

@@ -188,15 +188,17 @@ class Late(nn.Module):
 
     def __init__(self, make: Maker, grows: bool) -> None:
         super().__init__()
-        self.grows, self.salt = grows, make.random.random()
+        self.grows = grows
+        self.register_buffer("origin", torch.tensor(make.random.random()))
         self.register_buffer("cache", None)
         self.register_buffer("never", None)
 
     cache: torch.Tensor | None
+    origin: torch.Tensor
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if self.cache is None:
-            self.cache = torch.arange(3, dtype=torch.float32) + self.salt
+            self.cache = torch.arange(3, dtype=torch.float32) + self.origin
         elif self.grows:
             self.cache = self.cache * 1.5
         return x + 1e-3 * torch.sin(self.cache.sum()).to(x.dtype)

@@ -15,7 +15,11 @@ Groups = list[dict[str, Any]]
 
 
 class Own(torch.optim.Optimizer):
-    """Momentum, with state that each subclass keeps in its own way."""
+    """Momentum, with state that each subclass keeps in its own way.
+
+    ``kept``: attributes that change as it steps, and that its state dict does not list."""
+
+    kept: tuple[str, ...] = ()
 
     def __init__(self, groups: Groups, **further: Any) -> None:
         super().__init__(groups, {"lr": 1e-2, "weight_decay": 0.0, "momentum": 0.9, **further})
@@ -240,7 +244,89 @@ class Tallied(Own):
         super().load_state_dict(state)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
+class Counted(Own):
+    """Counts in an attribute."""
+
+    kept = ("steps", "best")
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups)
+        self.steps, self.best = 0, 1.0
+
+    def begin(self, group: dict[str, Any]) -> None:
+        self.steps += 1
+        self.best = min(self.best, 1.0 / self.steps)
+
+    def rate(self, p: torch.Tensor, group: dict[str, Any]) -> float:
+        return group["lr"] * self.best
+
+
+class Drawn(Own):
+    """Draws its rate from a generator of its own."""
+
+    kept = ("generator",)
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__(groups)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def begin(self, group: dict[str, Any]) -> None:
+        group["drawn"] = torch.rand((), generator=self.generator).item()
+
+    def rate(self, p: torch.Tensor, group: dict[str, Any]) -> float:
+        return group["lr"] * group["drawn"]
+
+
+class Around(torch.optim.Optimizer):
+    """Slow weights around an inner optimizer, whose groups it shares."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.base = torch.optim.AdamW(groups)
+        super().__init__(self.base.param_groups, {})
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    slow = self.state[p].setdefault("slow", p.detach().clone())
+                    p.copy_(slow.lerp_(p.detach(), 0.5))
+
+
+class Duck:
+    """No torch optimizer, but all that one is used for."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.inner, self.count = torch.optim.AdamW(groups), 0
+
+    @property
+    def param_groups(self) -> Groups:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        self.inner.step()
+        if self.count % 2:
+            self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner.state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        self.count = state["count"]
+
+
+OPTIMIZERS: dict[str, Callable[[Groups], Any]] = {
     "SGD": torch.optim.SGD,
     "SGD momentum": lambda g: torch.optim.SGD(g, momentum=0.9),
     "SGD nesterov": lambda g: torch.optim.SGD(g, momentum=0.9, nesterov=True),
@@ -279,6 +365,10 @@ OPTIMIZERS: dict[str, Callable[[Groups], torch.optim.Optimizer]] = {
     "Shared": Shared,
     "Lookahead": Lookahead,
     "Tallied": Tallied,
+    "Counted": Counted,
+    "Drawn": Drawn,
+    "Around": Around,
+    "Duck": Duck,
 }
 
 
@@ -353,6 +443,28 @@ class Tracked:
         self.history, self.seen, self.mean = list(state["history"]), state["seen"], state["mean"]
 
 
+class Partial:
+    """A scheduler whose state dict lists less than it counts."""
+
+    kept = ("count", "low")
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.last_epoch, self.count, self.low = optimizer, 0, 0, 1.0
+
+    def step(self, *_: Any) -> None:
+        self.last_epoch += 1
+        self.count += 2
+        self.low *= 0.9
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 * self.low / self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last_epoch = state["last_epoch"]
+
+
 class Decay:
     """A callable with a state of its own, for LambdaLR, which saves it."""
 
@@ -406,4 +518,5 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "WarmUp": lambda o: WarmUp(o, torch_schedulers.CosineAnnealingLR(o, 8)),
     "Gradual": lambda o: Gradual(o, torch_schedulers.StepLR(o, 2, 0.5)),
     "Tracked": Tracked,
+    "Partial": Partial,
 }

@@ -75,10 +75,12 @@ def gather(program: Program) -> Held:
         for key, value in _further_entries(module).items():
             shared[f"entry {prefix}.{key}"] = copied(value)
     for i, optimizer in enumerate(program.optimizers):
-        _gather_optimizer(f"optimizer {i}", program, optimizer, names, flats, shared)
+        _gather_optimizer(f"optimizer {i}", optimizer, names, flats, shared)
+        shared |= _unlisted(f"optimizer {i}", optimizer)
     for i, scheduler in enumerate(program.schedulers):
         if scheduler is not None:
             shared[f"scheduler {i}"] = copied(scheduler.state_dict())
+            shared |= _unlisted(f"scheduler {i}", scheduler)
     for name, made in program.objects.items():
         if name == "sampler":
             continue  # its state is where samples go on, which training shows
@@ -106,14 +108,19 @@ def _further_entries(module: torch.nn.Module) -> dict[str, Any]:
     return {key: found[key] for key in found.keys() - module._parameters.keys() - module._buffers.keys()}
 
 
-def _gather_optimizer(
-    label: str,
-    program: Program,
-    optimizer: Any,
-    names: dict[int, str],
-    flats: _Flats | None,
-    into: dict[str, Any],
-) -> None:
+def _unlisted(label: str, owner: Any) -> dict[str, Any]:
+    """What it keeps beside its state dict."""
+    held = {name: getattr(owner, name) for name in getattr(owner, "kept", ())}
+    return {f"{label} keeps {name}": copied(value) for name, value in held.items()}
+
+
+def _gather_optimizer(label: str, optimizer: Any, names: dict[int, str], flats: _Flats | None, into: dict[str, Any]) -> None:
+    if (inner := getattr(optimizer, "base", None) or getattr(optimizer, "inner", None)) is not None:
+        _gather_optimizer(f"{label} inside", inner, names, flats, into)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        further = {key: value for key, value in optimizer.state_dict().items() if key != "inner"}
+        into[f"{label} entries"] = copied(further)
+        return
     if flats is not None:
         groups, states = flats.groups(), {name: flats.state(p) for name, p in flats.named()}
         parameters = {id(flat) for flat in flats.flats}
@@ -144,30 +151,22 @@ def _gather_optimizer(
 
 
 def _localised(value: Any, parameter: Any) -> Any:
-    """Plain tensors of the local shape beside a DTensor are pieces of it; others may be a rank's own."""
+    """Plain tensors beside a DTensor: pieces of it, where they are so on all ranks."""
     if isinstance(value, dict):
         return {key: _localised(inner, parameter) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_localised(inner, parameter) for inner in value)
     if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim:
-        if value.shape == parameter._local_tensor.shape:
-            whole = DTensor.from_local(
-                value,
-                parameter.device_mesh,
-                parameter.placements,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            return whole.full_tensor()
-        return Apart(value)
+        return Apart(value.detach().clone(), value.shape == parameter._local_tensor.shape)
     return value
 
 
 @dataclasses.dataclass
 class Apart:
-    """A tensor that may differ by rank."""
+    """A tensor that may differ by rank. ``is_piece``: it looks like this rank's rows of a whole."""
 
-    value: Any
+    value: torch.Tensor
+    is_piece: bool = False
 
 
 class _Flats:
@@ -249,6 +248,8 @@ def copied(value: Any) -> Any:
         return Sequence("Parameter", [value.detach().clone()])
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
+    if isinstance(value, torch.Generator):
+        return Sequence("Generator", [value.get_state().clone()])
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, dict):
@@ -289,6 +290,8 @@ def _put_together(shared: dict[str, Any], own: dict[str, Any]) -> None:
         every = [by_rank[path] for by_rank in found]
         if isinstance(value, Whole):
             results[path] = _assembled([one.piece for one in every], value.shape)
+        elif all(one.is_piece for one in every):
+            results[path] = torch.cat([one.value for one in every])
         elif all(alike(value.value, one.value) for one in every):
             results[path] = copied(value.value)
         else:

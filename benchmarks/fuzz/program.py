@@ -25,10 +25,10 @@ class Program:
 
     def __init__(self, case: Case, side: Side, seed: int, factor: float) -> None:
         self.case, self.side = case, side
+        torch.manual_seed(seed)  # for what modules draw themselves
         self.module = build(case.tree, seed, case.dtype, case.tied, case.frozen)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deepspeed: Any = None
-        torch.manual_seed(seed)
         groups = self._groups(factor)
         if side.engine == "fsdp2":
             self._shard()
@@ -182,6 +182,12 @@ class Program:
                 return [index for part in found for index in part]
             self._indices = None
         raise AssertionError("an epoch without a batch")
+
+    def unfreeze(self) -> None:
+        """Train one more parameter from now on."""
+        frozen = next(p for p in self.module.parameters() if not p.requires_grad)
+        frozen.requires_grad_(True)
+        self.optimizers[-1].add_param_group({"params": [frozen], "lr": 0.003, "label": "late"})
 
     def resumed(self) -> None:
         """Begin to draw samples where the sampler is now."""
