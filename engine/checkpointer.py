@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import torch
@@ -27,11 +27,13 @@ from engine.loading import Loading
 from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
 from engine.planning import GlobalPlan, Plans
+from engine.proof import Verify
 from engine.saving import OnFailure, Save, Saves, watch_steps
 from engine.state.members import Members
 from engine.state.progress import History, Monitor, Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
 from engine.storage import LocalStorage
+from engine.surroundings import in_neutral_surroundings
 from engine.sync import current_ranks
 from engine.transfer import process, replicas
 from engine.transfer.compare import differences
@@ -46,6 +48,9 @@ logger = logging.getLogger("engine")
 Missing = Literal["error", "warn", "fresh"]
 Corrupt = Literal["error", "previous"]
 Names = Literal["tolerate", "refuse"]
+
+_LOOKS = 2
+"""At how many saves modules are searched for state that nothing lists."""
 
 _PARTLY = "The live state is now partly overwritten: resume from another checkpoint or start anew; do not train on it"
 
@@ -99,7 +104,9 @@ class Checkpointer:
         events: functions that are given a :class:`~engine.events.SaveEvent` for each save, TensorBoard writers, or W&B runs.
         timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`.
 
-    A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``.
+    A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``, where
+    lists stand for several. What its objects list in their own ``state_dict`` and can be neither sharded nor carried is refused by name:
+    here, or as soon as it exists, at the end of an optimizer's first step.
 
     Raises :class:`~engine.errors.LayoutError` if the live state is not laid out as the engine's adapter expects, and
     :class:`~engine.errors.UsageError` for an object that is none of these.
@@ -133,7 +140,8 @@ class Checkpointer:
         self._max_in_flight = max_in_flight
         self._ranks = current_ranks(timeout_seconds)
         self._comparison = Comparison(replicas, self._ranks.rank)
-        self._ranks.agree("attach", lambda: self._attach(model, members))
+        with _collector_paused():
+            self._ranks.agree("attach", in_neutral_surroundings(lambda: self._attach(model, members)))
         holder = self._ranks.first("attach", new_holder)
         keep = self._retention
         settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best))
@@ -153,11 +161,13 @@ class Checkpointer:
     def _attach(self, model: Any, members: Mapping[str, Any]) -> dict[str, Any]:
         """Check that this rank holds what the layout rules say; that all ranks have the same rules is for the caller."""
         self._members = Members(model, members, self._ranks.rank)
+        self._members.watch_first_steps()
         described = [shard.tensor for shard in self._members.model_shards()]
         return {"have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described))}
 
     # ------------------------------------------------------------------ save
 
+    @in_neutral_surroundings
     @_collector_paused()
     def save(self, progress: Progress, metrics: Mapping[str, float] | None = None) -> str:
         """Save a checkpoint of all members as step ``progress.step``; returns the name of the folder that it will have.
@@ -204,12 +214,22 @@ class Checkpointer:
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.stage(save, plan, views, captured.stepped))
         return captured.progress
 
+    @in_neutral_surroundings
     def prepare(self) -> None:
         """Lay out the next save's plan and allocate the memory for it now, so that the first save takes no longer than others. Called
-        by :meth:`resume`; a fresh run may call it after the first optimizer step, when all state exists."""
+        by :meth:`resume`; a fresh run may call it after the first optimizer step, when all state exists. Every rank calls this."""
         with _collector_paused():
+            self._capture_objects()
             self._prepare()
         self._collect()
+
+    def _capture_objects(self) -> None:
+        """Capture the members that are not models. Where one has a state of each rank's own, this is a round of all ranks: they
+        describe each other's tensors alike."""
+        if self._members.has_per_rank:
+            self._members.describe_per_rank(self._ranks.gather("capture each rank's own state", self._members.capture_objects))
+        else:
+            self._members.capture_objects()
 
     def _prepare(self) -> None:
         shards, stepped = self._members.capture()
@@ -246,6 +266,7 @@ class Checkpointer:
         if is_new:
             self._members.before_forward(self._save_deferred)
 
+    @in_neutral_surroundings
     def _save_deferred(self) -> bool:
         """Whether nothing is deferred any more. Called before each forward while something is."""
         if self._deferred is not None and not self._members.pending():
@@ -273,8 +294,13 @@ class Checkpointer:
         return self._plans.plan(shards, self._members.frozen(), self._count)
 
     def _capture(self, progress: Progress, metrics: Mapping[str, float]) -> _Captured:
+        self._capture_objects()
         if self._spoiled:
-            raise UsageError(f"loading {self._spoiled} failed halfway, so the live state is no run's. Resume from a sound checkpoint before saving")
+            raise UsageError(
+                f"loading {self._spoiled} failed halfway, so the live state is inconsistent. Resume from a valid checkpoint before saving"
+            )
+        if self._ranks.rank == 0 and self._count < _LOOKS:
+            self._members.report_unlisted()
         plain = self._history.take_in(progress, metrics)
         shards, stepped = self._members.capture()
         plan = self._plan_of(shards)
@@ -286,7 +312,7 @@ class Checkpointer:
             "have another state of " + " and ".join(objects): digest(encode_record(objects)),
         }
         record = {"progress": self._history.record(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
-        own_record = encode_record({"rng": capture_rng(), "objects": own})
+        own_record = encode_record({"rng": capture_rng(), "objects": own, "extra": self._members.extra()})
         return _Captured(plain, shards, stepped, pack_record(record), own_record, alike, self._digests(plan, shards), plan)
 
     def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> Digests:
@@ -318,6 +344,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------ load
 
+    @in_neutral_surroundings
     def resume(
         self,
         what: str = LATEST,
@@ -329,6 +356,9 @@ class Checkpointer:
         allow_missing: Sequence[str] = (),
         allow_unexpected: Sequence[str] = (),
         allow_cast: Sequence[str] = (),
+        allow_resize: Sequence[str] = (),
+        allow_changed: Sequence[str] = (),
+        verify: Verify = "sample",
     ) -> Progress:
         """Restore all members from a checkpoint and return how far it had come. Every rank calls this.
 
@@ -337,27 +367,35 @@ class Checkpointer:
             missing: where the run has no checkpoint at all: raise, or start fresh with or without a warning.
             corrupt: where ``latest`` is damaged: take the newest sound one before it, with a warning, or raise. A step that was
                 asked for by name is never replaced.
-            override: hyper-parameters, such as ``"lr"``, of which this run's values win over the checkpoint's.
+            override: hyper-parameters and settings of schedules, such as ``"lr"`` or ``"T_max"``, of which this run's values win over
+                the checkpoint's. Every difference is reported.
             extend_rows: by pattern over parameters' names, what rows beyond the checkpoint's become, see
-                :class:`~engine.plan.match.Allow`; as are ``allow_missing``, ``allow_unexpected``, ``allow_cast``.
+                :class:`~engine.plan.match.Allow`; as are ``allow_missing``, ``allow_unexpected``, ``allow_cast``, ``allow_resize`` and
+                ``allow_changed``.
+            verify: the live state is captured again after the resume and compared with the checkpoint: all values that are not tensors,
+                and of the tensors a ``sample`` or ``all``; with ``off``, nothing.
 
-        Names, shapes and dtypes are compared before anything changes. An error after that says that the live state is partly
-        overwritten.
+        Names, shapes and dtypes are compared before anything changes; members that are not models, schedulers and extra state are
+        restored before any weight changes. An error after that says that the live state is partly overwritten.
         """
-        allow = Allow(allow_missing, allow_unexpected, allow_cast, extend_rows or {})
+        allow = Allow(allow_missing, allow_unexpected, allow_cast, extend_rows or {}, allow_resize, allow_changed)
+        if verify not in get_args(Verify):
+            raise UsageError(f"verify={verify!r}: use one of {', '.join(map(repr, get_args(Verify)))}")
+        if isinstance(override, str):
+            raise UsageError(f"override={override!r} is a text, not a list of names; give override=({override!r},)")
         self.wait()
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
             return Progress()
         with _collector_paused():
-            progress = self._resume_soundest(found[0], found[1], what, corrupt, allow, override)
+            progress = self._resume_soundest(found[0], found[1], what, corrupt, (allow, override, verify))
         self._collect()
         return progress
 
-    def _resume_soundest(self, root: str, folder: str, what: str, corrupt: Corrupt, allow: Allow, override: Sequence[str]) -> Progress:
+    def _resume_soundest(self, root: str, folder: str, what: str, corrupt: Corrupt, how: tuple[Allow, Sequence[str], Verify]) -> Progress:
         while True:
             try:
-                return self._resume(root, folder, allow, override)
+                return self._resume(root, folder, *how)
             except CheckpointCorrupt as e:
                 if what != LATEST or corrupt == "error":
                     raise
@@ -381,11 +419,13 @@ class Checkpointer:
             return None
         return [storage.root, folder]
 
-    def _resume(self, root: str, folder: str, allow: Allow, override: Sequence[str]) -> Progress:
+    def _resume(self, root: str, folder: str, allow: Allow, override: Sequence[str], verify: Verify) -> Progress:
         began, ranks = time.perf_counter(), self._ranks
         stored = self._open(root, folder)
         load = Loading(self._members, stored, allow, override, ranks.rank, ranks.world_size)
         ranks.gather("compare the checkpoint with this run", load.compare)
+        if load.has_surroundings:
+            self._restore_members(load)
         self._spoiled = str(stored.where)
         try:
             shared = any(ranks.gather("plan the reads", load.plan))
@@ -393,6 +433,8 @@ class Checkpointer:
                 bytes_read = sum(ranks.gather("read the shards", lambda: load.fill(group)))
             ranks.gather("restore counters and hyper-parameters", load.restore)
             ranks.gather("derive the weights from their masters", self._members.publish)
+            self._capture_objects()
+            ranks.gather("compare what was restored with the checkpoint", lambda: self._prove(load, verify))
             ranks.gather("restore the random state", lambda: self._go_on(load, root, folder))
         except EngineError as e:
             raise type(e)(f"{e}\n{_PARTLY}") from e
@@ -400,13 +442,32 @@ class Checkpointer:
             e.add_note(_PARTLY)
             raise
         self._loaded, self._spoiled = (stored, load.stored_names), ""
-        self._plans.note_resume(self._count)
         self._saves.committed = folder if os.path.realpath(root) == os.path.realpath(self._storage.root) else ""
-        if self._max_in_flight:
-            ranks.gather("prepare to save", self._prepare)
         if ranks.rank == 0:
             load.tell(self._config, bytes_read, time.perf_counter() - began)
         return load.progress
+
+    def _restore_members(self, load: Loading) -> None:
+        """What a member's own code may refuse comes first: no weight has changed yet."""
+        ranks = self._ranks
+        shared = any(ranks.gather("plan the reads of members", load.plan_members))
+        with process_group(ranks.timeout_seconds) if shared else contextlib.nullcontext() as group:
+            ranks.gather("read the members", lambda: load.fill_members(group))
+        try:
+            ranks.gather("restore the members", load.restore_members)
+        except BaseException as e:
+            done = ", ".join(load.restored)
+            if done:
+                self._spoiled = str(load.stored.where)
+            e.add_note(f"No weight has changed. {f'Restored before the failure: {done}' if done else 'Nothing else has changed either'}")
+            raise
+
+    def _prove(self, load: Loading, verify: Verify) -> None:
+        """Capture again what was restored, as the next save will, and compare it with the checkpoint."""
+        self._plans.note_resume(self._count)
+        if self._max_in_flight:
+            self._prepare()
+        load.prove(self._members.capture()[0], verify)
 
     def _open(self, root: str, folder: str) -> StoredCheckpoint:
         """Every rank opens the same manifest: their digests are compared."""
@@ -440,6 +501,7 @@ class Checkpointer:
         if self._ranks.rank == 0:
             logger.info("resumed at another world size: random state is derived anew from the saved seed")
 
+    @in_neutral_surroundings
     def max_difference(self) -> float:
         """The largest |live − stored| over all tensors of the models in the checkpoint that was resumed last: 0.0 right after a resume.
 

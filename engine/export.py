@@ -167,7 +167,7 @@ def _write_pickled(file: BinaryIO, model: _Model, pieces: _Pieces) -> None:
 
     from engine.state.shard import bytes_of, torch_dtype
 
-    state = {key: torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype)) for key, tensor in model.tensors.items()}
+    state = {key: torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu") for key, tensor in model.tensors.items()}
     unfilled = {key: bytes_of(tensor.view(-1).view(torch.uint8)) for key, tensor in state.items()}
     for key, data in pieces:
         unfilled[key][: len(data)] = data

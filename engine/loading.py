@@ -1,7 +1,8 @@
 """One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then plan; fill; restore the rest."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -11,14 +12,17 @@ from engine import dcp
 from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
 from engine.format.record import decode_record
-from engine.plan.match import Allow, Match, match, match_names
+from engine.plan.match import Allow, Match, allowed, match, match_names
 from engine.plan.reads import RUN_BYTES
+from engine.proof import Sample, Verify, unequal
 from engine.state.boxes import intersect, part_box
+from engine.state.carried import LoadedTensors
 from engine.state.member import Targets
 from engine.state.members import Members
-from engine.state.objects import references
+from engine.state.objects import ObjectMember
 from engine.state.progress import Progress
 from engine.state.shard import Shard, torch_dtype
+from engine.state.values import references, shown
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
@@ -43,28 +47,44 @@ class Loading:
         self._own: dict[str, Any] | None = None
         self._targets = Targets([], [])
         self._matched = Match()
-        self._object_tensors: dict[str, dict[str, tuple[torch.Tensor, Shard]]] = {}
+        self._object_tensors: dict[str, LoadedTensors] = {}
         self._pairings: list[dcp.Pairing] = []
         self._load: dcp.ShardLoad
         self._bytes_read = 0
         self._news: list[str] = []
         self._told: list[str] = []
+        self._sample: Sample | None = None
+        self.restored: list[str] = []
+        """Of the members that are not models, those restored so far."""
 
     def compare(self) -> None:
         """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
         stored, models = self.stored, self._members.models
-        self._targets = targets = self._members.targets(stored.tensors, stored.manifest.aliases, self._models)
+        extra = self._own_record().get("extra", {})
+        may_resize = partial(allowed, patterns=self._allow.resize)
+        self._targets = targets = self._members.targets(stored.tensors, stored.manifest.aliases, self._models, extra, may_resize)
         self.stored_names = targets.stored_names
         found = self._compare_objects()
-        live = [shard.tensor for shard in targets.tensors] + targets.states + found
+        early = [shard.tensor for _, shard in targets.early.values()]
+        live = [shard.tensor for shard in targets.tensors] + targets.states + early + found
         read_apart = [self.stored_names.get(shard.name, shard.name) for shard in targets.scalars]
-        gone = [name for left_out in self._objects.keys() - self._object_tensors.keys() for name in references(self._objects[left_out])]
-        self._matched = match(live, stored.tensors, self.stored_names, self._allow, [*read_apart, *gone])
+        self._matched = match(live, stored.tensors, self.stored_names, self._allow, [*read_apart, *targets.empty, *self._left_out(live)])
         scalars = [dcp.Pairing(shard, stored.tensors[self.stored_names.get(shard.name, shard.name)]) for shard in targets.scalars]
         if scalars:  # a few bytes, which every rank reads by itself
             self._bytes_read = dcp.load(scalars, stored, self._rank, self._world_size)
-        for member in models.values():
+        for name, member in models.items():
             self._told += member.check_load(self._override)
+            here, there = member.check_extra()
+            base = f"{name}.extra" if name else "extra"
+            match_names((f"{base}.{key}" for key in here), (f"{base}.{key}" for key in there), self._allow, "extra state of modules")
+
+    def _left_out(self, live: Iterable[LogicalTensor]) -> list[str]:
+        """Stored tensors that have no place here, and need none: of members that are left out, and of a rank's own state on others."""
+        names = {tensor.name for tensor in live}
+        gone = [name for member in self._objects.keys() - self._object_tensors.keys() for name in references(self._objects[member])]
+        own = tuple(f"{name}.rank_" for name in self._per_rank)
+        extra = tuple(f"{name}.extra." if name else "extra." for name in self._members.models)
+        return gone + [name for name in self.stored.tensors if name not in names and name.startswith((*own, *extra))]
 
     def _compare_objects(self) -> list[LogicalTensor]:
         """Which objects are restored from what, and the tensors they have made for it."""
@@ -77,24 +97,79 @@ class Loading:
             except IncompatibleCheckpoint:
                 raise IncompatibleCheckpoint(
                     f"the members {lost} have a state of each rank's own, saved on {self._saved_on} ranks; here are {self._world_size}. "
-                    "Resume on as many, or let them start anew with allow_missing"
+                    "Resume on as many, or let them start fresh with allow_missing"
                 ) from None
         elif self._per_rank:
             self._objects = {**self._objects, **self._own_record()["objects"]}
+        meshes = self._members.meshes()
         for name, member in members.items():
-            if name in self._objects:
+            if name in self._objects and self._is_restored(member, self._objects[name]):
                 member.check(self._objects[name])
-                self._object_tensors[name] = member.targets(self._objects[name], self.stored.tensors)
+                self._object_tensors[name] = member.targets(self._objects[name], self.stored.tensors, meshes)
         return [shard.tensor for tensors in self._object_tensors.values() for _, shard in tensors.values()]
+
+    def _is_restored(self, member: ObjectMember, plain: Any) -> bool:
+        """Whether a member takes its stored state: not where either side has none, as a disabled grad scaler, and that is allowed.
+
+        Raises :class:`IncompatibleCheckpoint` where it is not.
+        """
+        name, kind = member.name, type(member.target).__name__
+        here, there = member.has_state(), plain != {}
+        if here == there:
+            return there
+        if there and not allowed(name, self._allow.unexpected):
+            raise IncompatibleCheckpoint(
+                f"member '{name}' ({kind}) has no state here (is it disabled?), but has in the checkpoint; allow_unexpected=[{name!r}] leaves it out"
+            )
+        if here and not allowed(name, self._allow.missing):
+            raise IncompatibleCheckpoint(
+                f"member '{name}' ({kind}) had no state when the checkpoint was saved (was it disabled?), but has here; allow_missing=[{name!r}] "
+                "lets it start fresh"
+            )
+        self._told.append(f"member '{name}' " + ("starts fresh" if here else "is left out") + ", as allowed")
+        return False
 
     def _own_record(self) -> dict[str, Any]:
         """What the rank of the same number (rank 0 where the world size differs) had for itself: random state, per-rank members."""
         if self._own is None:
             writer = self._rank if self._world_size == self._saved_on else 0
             self._own = decode_record(self.stored.index(writer).record())
-            if not isinstance(self._own, dict) or not isinstance(self._own.get("objects"), dict):
+            kinds = isinstance(self._own, dict) and isinstance(self._own.get("objects"), dict) and isinstance(self._own.get("extra", {}), dict)
+            if not kinds:
                 raise CheckpointCorrupt(f"{self.stored.where}: the record of rank {writer} is not as this version writes it")
+        assert self._own is not None
         return self._own
+
+    @property
+    def has_surroundings(self) -> bool:
+        """Whether there are members that are not models, schedulers, or extra state: the same on all ranks."""
+        return bool(self._members.objects) or any(member.has_surroundings for member in self._members.models.values())
+
+    def plan_members(self) -> bool:
+        """Find in the indexes the tensors of what is restored before any weight changes; returns whether ranks need what others read."""
+        shards = [shard for tensors in self._object_tensors.values() for _, shard in tensors.values()]
+        shards += [shard for _, shard in self._targets.early.values()]
+        pairs = self._matched.pairs
+        self._load = dcp.ShardLoad([self._pairing(s, pairs[s.name]) for s in shards if s.name in pairs], self.stored, self._rank, self._world_size)
+        return self._load.is_shared
+
+    def fill_members(self, group: Any = None) -> None:
+        """The tensors that :meth:`plan_members` found; ``group``: see :meth:`engine.dcp.ShardLoad.run`."""
+        self._bytes_read += self._load.run(group)
+
+    def restore_members(self) -> None:
+        """Restore members that are not models, then schedulers and extra state. No weight has changed yet, so that what one of them
+        refuses leaves the weights as they are."""
+        device = self._members.device()
+        for name, tensors in self._object_tensors.items():
+            member = self._members.objects[name]
+            member.restore(self._objects[name], tensors, device)
+            self.restored.append(name)
+            if hasattr(member.target, "seek"):
+                member.target.seek(self.progress.samples)
+        for name, model in self._members.models.items():
+            model.restore_surroundings()
+            self.restored.append(name or "the model's schedulers and extra state")
 
     def plan(self) -> bool:
         """Give the optimizers the states that the checkpoint has, and find in the indexes where everything is; returns whether
@@ -102,9 +177,9 @@ class Loading:
         shards = list(self._targets.tensors)
         for member in self._members.models.values():
             shards += member.prepare()
-        shards += [shard for tensors in self._object_tensors.values() for _, shard in tensors.values()]
         pairs = self._matched.pairs
-        unread = pairs.keys() - {shard.name for shard in shards}
+        early = {*self._targets.early, *(name for tensors in self._object_tensors.values() for name in tensors)}
+        unread = pairs.keys() - {shard.name for shard in shards} - early
         if unread:
             raise LayoutError(
                 f"{len(unread)} stored tensors have no live counterpart to fill, such as {min(unread)}: the optimizer keeps other states than before"
@@ -121,6 +196,9 @@ class Loading:
                 self._fill_with_mean(pairing)
             if _has_absent(pairing.shard.tensor) or _has_absent(pairing.stored):
                 self._note_absent(pairing)
+        early = [shard for tensors in self._object_tensors.values() for _, shard in tensors.values()]
+        early += [shard for _, shard in self._targets.early.values()]
+        self._sample = Sample([*(pairing.shard for pairing in self._pairings), *early], self.stored.digest, self._rank)
         return bytes_read
 
     def _pairing(self, shard: Shard, stored: LogicalTensor) -> dcp.Pairing:
@@ -134,10 +212,10 @@ class Loading:
         stored, rows = self.stored.tensors[pairing.stored.name], pairing.kept_from
         assert rows is not None
         inner, alone = stored.shape[1:], Grid(Mesh((1,)), (REPLICATED,))
-        total = torch.zeros(inner, dtype=torch.float64)
+        total = torch.zeros(inner, dtype=torch.float64, device="cpu")
         count = max(1, RUN_BYTES * rows // max(stored.size_bytes, 1))
         for first in range(0, rows, count):
-            window = torch.zeros((min(count, rows - first), *inner), dtype=torch_dtype(stored.dtype))
+            window = torch.zeros((min(count, rows - first), *inner), dtype=torch_dtype(stored.dtype), device="cpu")
             part = Part(alone, (first, *(0 for _ in inner)), tuple(window.shape))
             dcp.load([dcp.Pairing(Shard(LogicalTensor(stored.name, stored.dtype, stored.shape, (part,)), (window,)), stored)], self.stored, 0)
             total += window.double().sum(0)
@@ -162,14 +240,50 @@ class Loading:
                     self._news.append(f"{live.name}: rows {first} to {first + part_box(tensor, part).sizes[0]} {told}")
 
     def restore(self) -> None:
-        """Everything that is not a tensor; ``publish`` follows on all ranks."""
+        """Everything of the models that is not a tensor; ``publish`` follows on all ranks."""
         for member in self._members.models.values():
             member.restore(self.progress.step, self.progress.samples)
-        for name, tensors in self._object_tensors.items():
-            member = self._members.objects[name]
-            member.restore(self._objects[name], tensors)
-            if hasattr(member.target, "seek"):
-                member.target.seek(self.progress.samples)
+
+    def prove(self, shards: Sequence[Shard], verify: Verify) -> None:
+        """Compare what was captured again after the restore, ``shards`` and records, with the checkpoint.
+
+        Raises :class:`IncompatibleCheckpoint` naming each difference that nothing explains that was allowed or overridden.
+        """
+        if verify == "off":
+            return
+        found = [(path, shown(a), shown(b)) for path, a, b in self._explain() if not self._is_explained(path)]
+        live = {shard.name: shard for shard in shards}
+        pairs, objects = self._matched.pairs, self._object_shards()
+        held = {name for name, shard in objects.items() if shard.locals[0] is not None}
+        lost = sorted(name for name in pairs.keys() - live.keys() if (name in held or name not in objects) and not self._is_explained(name))
+        found += [(name, "a tensor", "nothing") for name in lost]
+        changed = self._sample.changed(live) if self._sample is not None else []
+        if verify == "all":
+            whole = [(live[name], stored) for name, stored in pairs.items() if name in live and name not in self._matched.extended]
+            changed = unequal(self.stored, whole, self._rank)
+        found += [(name, "one value", "a different one") for name in changed if name not in lost and not self._is_explained(name)]
+        if found:
+            lines = [f"  {path}: {theirs} in the checkpoint, {mine} after the resume" for path, theirs, mine in found[:8]]
+            more = f"\n  … and {len(found) - 8} more" if len(found) > 8 else ""
+            raise IncompatibleCheckpoint(
+                f"rank {self._rank}: the resume of {self.stored.where} has not brought back what was saved:\n" + "\n".join(lines) + more + "\n"
+                "An object that does not take over its own state does this (its load_state_dict drops or changes a value), or two that restore "
+                "the same thing. allow_changed=[patterns] over these paths accepts a difference"
+            )
+
+    def _object_shards(self) -> dict[str, Shard]:
+        return {name: shard for tensors in self._object_tensors.values() for name, (_, shard) in tensors.items()}
+
+    def _explain(self) -> Iterator[tuple[str, Any, Any]]:
+        for member in self._members.models.values():
+            yield from member.explain(self._world_size == self._saved_on)
+        for name in self._object_tensors:
+            yield from self._members.objects[name].explain(self._objects[name], self._members.captured_object(name))
+
+    def _is_explained(self, path: str) -> bool:
+        allow = self._allow
+        patterns = [*allow.changed, *allow.missing, *allow.unexpected, *allow.cast, *allow.resize]
+        return allowed(path, patterns) or not set(path.split(".")).isdisjoint(self._override)
 
     def random_state(self) -> tuple[dict[str, Any], bool]:
         """What was saved of the random state, and whether it is this rank's own."""

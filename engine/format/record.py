@@ -1,7 +1,8 @@
 """The typed record: everything that is not a tensor, as msgpack. Decoding can build values only, never run code.
 
 Carried exactly: None, bool, int of any size, float with inf and nan, complex, str, bytes, list, tuple, dict with str, int,
-float, bool, bytes or None keys; small arrays; and references to logical tensors, in the place of a tensor.
+float, bool, bytes or None keys; small arrays; references to logical tensors, in the place of a tensor; and values
+of a few further types (a set, a deque, a dtype), as a word and what the value is made of: see ``engine.state.values``.
 """
 
 import math
@@ -15,9 +16,9 @@ from engine.errors import CheckpointCorrupt, UsageError
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Dims
 
-_TUPLE, _INT, _COMPLEX, _REFERENCE, _ARRAY = 1, 2, 3, 4, 5
+_TUPLE, _INT, _COMPLEX, _REFERENCE, _ARRAY, _TYPED = 1, 2, 3, 4, 5, 6
 _MAX_DEPTH = 64
-_MAX_INT_BITS = 8192  # Python refuses to print integers of more than 4,300 digits
+MAX_INT_BITS = 8192  # Python refuses to print integers of more than 4,300 digits
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # msgpack's own ints
 
 
@@ -34,6 +35,14 @@ class Array(Struct, frozen=True, array_like=True):
     dtype: str
     shape: Dims
     data: bytes
+
+
+class Typed(Struct, frozen=True, array_like=True):
+    """A value of the type that ``kind`` names, made of ``value``. Readers know the kinds; nothing is
+    imported or called by name."""
+
+    kind: str
+    value: Any
 
 
 class EncodedList:
@@ -80,10 +89,10 @@ def _check_depth(value: Any) -> None:
     """Whoever walks a record may do so by recursion."""
     level = [value]
     for _ in range(_MAX_DEPTH + 2):
-        inner = [v for v in level if isinstance(v, (list, tuple, dict))]
+        inner = [v.value if type(v) is Typed else v for v in level if isinstance(v, (list, tuple, dict, Typed))]
         if not inner:
             return
-        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v)]
+        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else [v])]
     raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
 
 
@@ -97,8 +106,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
     if type(value) is int:
         if _SMALLEST <= value <= _LARGEST:
             return value
-        if value.bit_length() >= _MAX_INT_BITS:
-            raise UsageError(f"{path[:200]} is an integer of {value.bit_length()} bits; a record takes fewer than {_MAX_INT_BITS}")
+        if value.bit_length() >= MAX_INT_BITS:
+            raise UsageError(f"{path[:200]} is an integer of {value.bit_length()} bits; a record takes fewer than {MAX_INT_BITS}")
         return msgspec.msgpack.Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True))
     if type(value) is complex:
         return msgspec.msgpack.Ext(_COMPLEX, struct.pack("<dd", value.real, value.imag))
@@ -121,6 +130,8 @@ def _pack(value: Any, path: str, depth: int) -> Any:
         return value
     if isinstance(value, Reference | Array):
         return msgspec.msgpack.Ext(_REFERENCE if isinstance(value, Reference) else _ARRAY, msgspec.msgpack.encode(value))
+    if isinstance(value, Typed):
+        return msgspec.msgpack.Ext(_TYPED, msgspec.msgpack.encode([value.kind, _pack(value.value, path, depth + 1)]))
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy scalars and 0-d tensors
         return _pack(value.item(), path, depth + 1)  # deeper, because a long double's item is itself
     raise UsageError(
@@ -140,7 +151,7 @@ def _text(value: str, path: str) -> str:
 def _unpack(code: int, data: memoryview) -> Any:
     if code == _TUPLE:
         return tuple(msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False))
-    if code == _INT and len(data) <= _MAX_INT_BITS // 8:
+    if code == _INT and len(data) <= MAX_INT_BITS // 8:
         return int.from_bytes(data, "little", signed=True)
     if code == _COMPLEX:
         return complex(*struct.unpack("<dd", data))
@@ -153,6 +164,11 @@ def _unpack(code: int, data: memoryview) -> Any:
         if len(array.data) != math.prod(array.shape) * ITEM_BYTES[array.dtype]:
             raise ValueError(f"an array of shape {array.shape} and dtype {array.dtype} with {len(array.data)} bytes")
         return array
+    if code == _TYPED:
+        kind, inner = msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False)
+        if type(kind) is not str:
+            raise ValueError(f"a typed value of kind {kind!r}")
+        return Typed(kind, inner)
     raise ValueError(f"extension type {code} of {len(data)} bytes is not known")
 
 

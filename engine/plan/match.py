@@ -23,15 +23,21 @@ class Allow:
     ``missing``: live tensors that the checkpoint lacks keep their values. ``unexpected``: stored tensors without a live
     counterpart are left out. ``cast``: a dtype that differs is converted (rounding to nearest even). ``extend_rows``: by pattern (over
     full names or FQNs), what a parameter's rows beyond the stored ones become, one of :data:`INITIALISATIONS`; its optimizer state is
-    zero there.
+    zero there. ``resize``: buffers that take the stored shape. ``changed``: values, by the path that an error names, that may be others
+    after the resume than in the checkpoint.
     """
 
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
     cast: Sequence[str] = ()
     extend_rows: Mapping[str, str] = field(default_factory=dict)
+    resize: Sequence[str] = ()
+    changed: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("missing", "unexpected", "cast", "resize", "changed"):
+            if isinstance(given := getattr(self, name), str):
+                raise UsageError(f"allow_{name}={given!r} is a text, whose letters would be patterns each; give a list: allow_{name}=[{given!r}]")
         for pattern, how in self.extend_rows.items():
             if how not in INITIALISATIONS:
                 raise UsageError(f"extend_rows {pattern!r}: {how!r} is no initialisation; there are {', '.join(INITIALISATIONS)}")
@@ -60,7 +66,7 @@ def match(
         name = stored_names.get(tensor.name, tensor.name)
         other = stored.get(name)
         if other is None:
-            (found.missing if _allowed(tensor.name, allow.missing) else missing).append(tensor.name)
+            (found.missing if allowed(tensor.name, allow.missing) else missing).append(tensor.name)
             continue
         used.add(name)
         how = _extension(tensor, other, allow.extend_rows) if other.shape != tensor.shape else ""
@@ -73,7 +79,7 @@ def match(
             continue
         rounded = tensor.dtype if other.dtype != tensor.dtype else _rounded(tensor, other)
         if rounded:
-            if _allowed(tensor.name, allow.cast):
+            if allowed(tensor.name, allow.cast):
                 found.cast.append(f"{tensor.name}: {other.dtype} to {rounded}")
             else:
                 dtypes.append(f"{tensor.name}: {rounded} here, {other.dtype} in the checkpoint")
@@ -81,7 +87,7 @@ def match(
     unexpected = []
     for name in stored:
         if name not in used:
-            (found.unexpected if _allowed(name, allow.unexpected) else unexpected).append(name)
+            (found.unexpected if allowed(name, allow.unexpected) else unexpected).append(name)
     _refuse(missing, unexpected, shapes, dtypes)
     return found
 
@@ -91,9 +97,9 @@ def _extension(live: LogicalTensor, stored: LogicalTensor, patterns: Mapping[str
     if not live.shape or len(live.shape) != len(stored.shape) or live.shape[1:] != stored.shape[1:] or live.shape[0] <= stored.shape[0]:
         return ""
     for pattern, how in patterns.items():
-        if _allowed(live.name, (pattern, f"model.{pattern}", f"*.model.{pattern}")):
+        if allowed(live.name, (pattern, f"model.{pattern}", f"*.model.{pattern}")):
             return how
-        if _allowed(live.name, (f"optim.state.{pattern}.*", f"*.optim.state.{pattern}.*")):
+        if allowed(live.name, (f"optim.state.{pattern}.*", f"*.optim.state.{pattern}.*")):
             return "zeros"
     return ""
 
@@ -114,18 +120,19 @@ def _rounded(live: LogicalTensor, stored: LogicalTensor) -> str:
     return ""
 
 
-def match_names(live: Iterable[str], stored: Iterable[str], allow: Allow) -> None:
-    """The same for members that hold plain values. Raises :class:`IncompatibleCheckpoint`."""
+def match_names(live: Iterable[str], stored: Iterable[str], allow: Allow, what: str = "members") -> None:
+    """Match ``what`` has no tensors to compare by name. Raises :class:`IncompatibleCheckpoint`."""
     live, stored = set(live), set(stored)
-    missing = sorted(n for n in live - stored if not _allowed(n, allow.missing))
-    unexpected = sorted(n for n in stored - live if not _allowed(n, allow.unexpected))
+    missing = sorted(n for n in live - stored if not allowed(n, allow.missing))
+    unexpected = sorted(n for n in stored - live if not allowed(n, allow.unexpected))
     if missing or unexpected:
         raise IncompatibleCheckpoint(
-            f"members differ: {missing or 'none'} only in this run (allow_missing), {unexpected or 'none'} only in the checkpoint (allow_unexpected)"
+            f"{what} differ: {missing or 'none'} only in this run (allow_missing), {unexpected or 'none'} only in the checkpoint (allow_unexpected)"
         )
 
 
-def _allowed(name: str, patterns: Sequence[str]) -> bool:
+def allowed(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether any of the patterns fits the whole name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -133,7 +140,11 @@ def _refuse(missing: list[str], unexpected: list[str], shapes: list[str], dtypes
     told = [
         _told(missing, "in the model here but not in the checkpoint", "allow_missing=[patterns] keeps their present values"),
         _told(unexpected, "in the checkpoint but not in the model here", "allow_unexpected=[patterns] leaves them out"),
-        _told(shapes, "of another shape", "build the model that was saved, or give extend_rows where this one only has more rows"),
+        _told(
+            shapes,
+            "of another shape",
+            "build the model that was saved, or give extend_rows where this one only has more rows, or allow_resize=[patterns] for buffers",
+        ),
         _told(dtypes, "of another dtype", "allow_cast=[patterns] converts them"),
     ]
     if any(told):

@@ -42,7 +42,7 @@ class FrozenRows:
 
     def __init__(self, member: Any, rows: Mapping[str, int]) -> None:
         self._adapter = adapter = adapter_for("model", member)
-        if adapter.optimizer is None:
+        if not adapter.parts:
             raise UsageError("there is no optimizer: nothing would change the rows. Give the DeepSpeed engine, or (module, optimizer)")
         if told := adapter.pending():
             raise UsageError(f"inside {told}; rows can be frozen between two steps")
@@ -53,7 +53,8 @@ class FrozenRows:
             for view in self._state_views(slot):
                 view.zero_()  # momentum that nobody uses would fade into denormal numbers, which are slow
         self._handles = [handle for name in self._rows for handle in self._mask(name)]
-        self._handles += [adapter.optimizer.register_step_pre_hook(self._keep), adapter.optimizer.register_step_post_hook(self._restore)]
+        for part in adapter.parts:
+            self._handles += [part.optimizer.register_step_pre_hook(self._keep), part.optimizer.register_step_post_hook(self._restore)]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -95,8 +96,7 @@ class FrozenRows:
                 yield view.narrow(0, 0, count)
 
     def _state_views(self, slot: Slot) -> Iterator[torch.Tensor]:
-        assert self._adapter.optimizer is not None
-        for value in self._adapter.optimizer.state.get(slot.holder, {}).values():
+        for value in self._adapter.parts[slot.part].optimizer.state.get(slot.holder, {}).values():
             if isinstance(value, torch.Tensor) and value.shape == slot.holder.shape and value.ndim:
                 local = local_of(value)
                 yield from self._frozen(slot, local.view(-1).narrow(0, *slot.cut) if slot.cut else local)

@@ -1,7 +1,7 @@
-"""One model with its optimizer and scheduler, as the checkpoint sees it: shards to save, targets to fill, one record."""
+"""One model with its optimizers and schedulers, as the checkpoint sees it: shards to save, targets to fill, one record."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
@@ -10,15 +10,19 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from engine.errors import IncompatibleCheckpoint, LayoutError
+from engine.errors import IncompatibleCheckpoint, LayoutError, UsageError
 from engine.format.layout import REPLICATED, Grid, LogicalTensor, Mesh
 from engine.state import optimizer as optim
+from engine.state import scheduler as schedules
 from engine.state.boxes import check_tiling
+from engine.state.carried import LoadedTensors, meshes_of, targets
+from engine.state.extra import ExtraState, Unlisted
+from engine.state.optimizer_state import CapturedOptimizer, OptimizerState
 from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, world_size
-from engine.state.scheduler import check_position, position, restore_position
-from engine.state.shard import Shard, check_shard, dtype_name
+from engine.state.shard import Shard, check_shard, torch_dtype
 from engine.state.source import Adapter, Piece, Slot
+from engine.state.values import differing, unflatten
 
 logger = logging.getLogger("engine")
 
@@ -26,20 +30,23 @@ logger = logging.getLogger("engine")
 @dataclass
 class Targets:
     """What a load fills. ``scalars`` are temporaries and come first: they decide whether the rest fits. ``tensors`` alias live
-    parameters and buffers. ``states`` describe the optimizer's tensors, which :meth:`Member.prepare` will make.
-    ``stored_names`` maps a live name to the checkpoint's where they differ (tied weights)."""
+    parameters and buffers, or are new buffers. ``states`` describe the optimizers' tensors, which :meth:`Member.prepare` will make.
+    ``early`` are new tensors of extra state, by stored name. ``stored_names`` maps a live name to the checkpoint's where they differ
+    (tied weights). ``empty`` are stored states of parameters without elements, which an optimizer here may not have: DeepSpeed's."""
 
     scalars: list[Shard]
     tensors: list[Shard]
     states: list[LogicalTensor] = field(default_factory=list)
+    early: LoadedTensors = field(default_factory=dict)
     stored_names: dict[str, str] = field(default_factory=dict)
+    empty: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Captured:
     """``where`` it all lay; ``pieces``: all parameters, of which ``models`` are the shards; ``stepped``: the names of tensors that only
-    the optimizer's step changes; ``frozen``: parts of tensors, by name and offsets, whose parameters nobody trains; ``int_steps``: copies
-    of counters that live as Python numbers; ``lasting``: what of the record is the same while all lies there."""
+    the optimizer's step changes; ``frozen``: parts of tensors, by name and offsets, whose parameters nobody trains; ``optimizers``: what
+    lasts of each while all lies there. The rest is of the moment: ``carried`` and ``extra`` for the records, ``more`` their tensors."""
 
     where: list[int]
     slots: list[Slot]
@@ -48,8 +55,10 @@ class Captured:
     shards: list[Shard]
     stepped: frozenset[str]
     frozen: frozenset[tuple[str, tuple[int, ...]]]
-    int_steps: list[tuple[torch.Tensor, torch.Tensor]]
-    lasting: optim.Lasting | None = None
+    optimizers: list[CapturedOptimizer]
+    carried: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+    more: list[Shard] = field(default_factory=list)
 
 
 class Member:
@@ -59,59 +68,121 @@ class Member:
         self.prefix = prefix
         self.adapter = adapter
         self.rank = rank
+        self.optimizers = [OptimizerState(prefix, part, number) for number, part in enumerate(adapter.parts)]
+        self._extra = self._list_extra()
+        self._unlisted = Unlisted(adapter.module)
+        self._schedules = [schedules.Schedule(scheduler) for scheduler in adapter.schedulers]
         self._load = _MemberLoad()
         self._captured: Captured | None = None
-        self._watched = _Watched()
+        self._watched = _AddressCache()
+
+    @property
+    def name(self) -> str:
+        return f"member '{self.prefix[:-1]}'" if self.prefix else "the model"
+
+    def _list_extra(self) -> ExtraState:
+        return ExtraState(self.adapter.module, self.adapter.names, f"{self.prefix}extra")
 
     def check(self) -> None:
-        """On attach: every rule tiles its parameter, live storage has the size the rule says, and every master equals its
-        low-precision copy, element by element. Raises :class:`LayoutError`. No communication."""
-        for shard in self.shards():
+        """On attach: every rule tiles its parameter, live storage has the size the rule says, every master equals its low-precision copy,
+        element by element, and all that the objects list can be saved. Raises :class:`LayoutError` or :class:`UsageError`. No
+        communication."""
+        self._check_storage()
+        captured = self.capture()
+        for shard in captured.shards:
             check_tiling(shard.tensor)
             check_shard(shard, self.rank)
-        for slot in self._slots():
+        for slot in captured.slots:
             _check_copy(slot.piece, self.rank)
+        for schedule in self._schedules:
+            schedule.capture()
+
+    def check_state(self) -> None:
+        """Raise :class:`UsageError` for state of optimizers and modules that can be neither sharded nor carried, naming it."""
+        slots = self._slots()
+        for state in self.optimizers:
+            state.check_state(self._of(slots, state.number))
+        self._extra.capture()
+
+    def _check_storage(self) -> None:
+        """Raise :class:`UsageError` for tensors whose values are not there, or cannot be filled."""
+        names = self.adapter.names
+        tensors: Iterator[tuple[str, torch.Tensor]] = chain(names.parameters.items(), ((name, names.buffer(name)) for name in names.buffers))
+        for name, tensor in tensors:
+            if tensor.is_meta or (hasattr(tensor, "_local_tensor") and tensor._local_tensor.is_meta):  # type: ignore[attr-defined]
+                raise UsageError(
+                    f"{self.prefix}{name} is on the meta device: it has no storage, so values saved or loaded would go nowhere. Give the model "
+                    "storage before making the Checkpointer: module.to_empty(device=...), for a buffer alone torch.empty_like(buffer, device=...)"
+                )
+        for name, parameter in names.parameters.items():
+            if parameter.is_inference():
+                raise UsageError(
+                    f"{self.prefix}{name} was made inside torch.inference_mode(), so it can be neither trained nor filled. Build the model outside"
+                )
 
     def _slots(self) -> list[Slot]:
-        placed = self.adapter.names.placed
-        return [replace(slot, piece=placed(slot.piece)) for slot in self.adapter.slots()] if self.adapter.names.places else self.adapter.slots()
+        slots, placed = self.adapter.slots(), self.adapter.names.placed
+        return [replace(slot, piece=placed(slot.piece)) for slot in slots] if self.adapter.names.places else slots
 
     def _others(self) -> list[Piece]:
         placed = self.adapter.names.placed
         return [placed(piece) for piece in self.adapter.others()] if self.adapter.names.places else self.adapter.others()
 
-    def shards(self) -> list[Shard]:
-        """All live state, in a stable order: parameters, optimizer state, buffers."""
-        slots, others = self._slots(), self._others()
-        shards = self._model_shards([slot.piece for slot in slots] + others)
-        return shards + self._state_shards(slots, others) + self._buffers()
+    def _of(self, slots: list[Slot], number: int) -> list[Slot]:
+        return slots if len(self.optimizers) == 1 else [slot for slot in slots if slot.part == number]
 
-    def capture(self) -> "Captured":
-        """As :meth:`shards`, for a save. The last answer serves while every tensor lies where it lay: enumerating 10,000 of them
-        takes longer than looking whether any has moved."""
-        self.adapter.names.check()
-        where = self._whereabouts()
-        if self._captured is None or self._captured.where != where:
-            slots, others = self._slots(), self._others()
-            pieces = [slot.piece for slot in slots] + others
-            models, states = self._model_shards(pieces), self._state_shards(slots, others)
+    def shards(self) -> list[Shard]:
+        """All live state that is laid out by parameter, in a stable order: parameters, optimizer state, buffers."""
+        return list(self.capture().shards)
+
+    def capture(self) -> Captured:
+        """Enumerate the live state. What lay by parameter serves again while every tensor lies where it lay: enumerating 10,000 of them
+        takes longer than looking whether any has moved. Raises :class:`UsageError` for what can neither be sharded nor carried."""
+        if self.adapter.names.check(self.adapter.reshard):
+            self._extra, self._captured = self._list_extra(), None
+        where, captured = self._whereabouts(), self._captured
+        if captured is not None and captured.where == where:
+            refreshed = all(state.refresh(last) for state, last in zip(self.optimizers, captured.optimizers, strict=True))
+        else:
+            refreshed = False
+        if not refreshed or captured is None:
+            self._captured = captured = self._enumerate(where)
+        if any(last.nested or last.loose for last in captured.optimizers) or any(state.is_whole for state in self.optimizers):
+            found = [state.carried(last) for state, last in zip(self.optimizers, captured.optimizers, strict=True)]
+            captured.carried, captured.more = [plain for plain, _ in found], [shard for _, shards in found for shard in shards]
+        else:
+            captured.carried, captured.more = [{}] * len(self.optimizers), []
+        captured.extra, shards = self._extra.capture()
+        captured.more += shards
+        return captured
+
+    def _enumerate(self, where: list[int]) -> Captured:
+        slots, others = self._slots(), self._others()
+        pieces = [*(slot.piece for slot in slots), *others]
+        if len(self.optimizers) > 1:  # one inside another holds the same parameters
+            pieces = list({(piece.name, piece.place.offsets if piece.place else ()): piece for piece in pieces}.values())
+        models = self._model_shards(pieces)
+        frozen_parts = [piece for piece in others if piece.place]
+        optimizers = [state.capture(self._of(slots, state.number), frozen_parts) for state in self.optimizers]
+        states = [shard for captured in optimizers for shard in captured.shards]
+        hooked = {number for number, part in enumerate(self.adapter.parts) if part.has_hooks}
+        if hooked and len(hooked) == len(self.adapter.parts):
             stepped = {f"{self.prefix}model.{slot.piece.name}" for slot in slots} | {shard.name for shard in states}
-            stepped -= {f"{self.prefix}model.{piece.name}" for piece in others}  # rows of one tensor, partly frozen
-            fixed = {name for name, p in self.adapter.names.parameters.items() if not p.requires_grad}
-            frozen = frozenset(
-                (f"{self.prefix}model.{placed.name}", placed.place.offsets if placed.place else ())
-                for piece in self.adapter.others()
-                if piece.name in fixed
-                for placed in (self.adapter.names.placed(piece),)
-            )
-            counters = optim.int_steps(a.optimizer, states, self._state_prefix, slots) if (a := self.adapter).optimizer is not None else []
-            self._captured = Captured(where, slots, pieces, models, models + states + self._buffers(), frozenset(stepped), frozen, counters)
-        elif self.adapter.optimizer is not None:
-            optim.refresh_int_steps(self.adapter.optimizer, self._captured.int_steps)
-        return self._captured
+        else:  # a step that cannot be watched may begin before a copy has ended
+            stepped = set()
+        stepped -= {f"{self.prefix}model.{piece.name}" for piece in others}  # rows of one tensor, partly frozen
+        fixed = {name for name, p in self.adapter.names.parameters.items() if not p.requires_grad}
+        frozen = frozenset(
+            (f"{self.prefix}model.{placed.name}", placed.place.offsets if placed.place else ())
+            for piece in self.adapter.others()
+            if piece.name in fixed
+            for placed in (self.adapter.names.placed(piece),)
+        )
+        shards = models + states + self._buffers()
+        return Captured(where, slots, pieces, models, shards, frozenset(stepped), frozen, optimizers)
 
     def _whereabouts(self) -> list[int]:
-        """Changes when any live tensor moves, when the optimizer's are replaced, added or removed, and when one begins or ceases to be
+        """Changes when any live tensor moves, when an optimizer's are replaced, added or removed, and when one begins or ceases to be
         trained. What was captured keeps its memory, so that nothing new can lie in the place of something old."""
         a = self.adapter
         parameters = a.names.parameters.values()
@@ -119,17 +190,14 @@ class Member:
         held: list[Any] = [getattr(p, "ds_tensor", p) for p in parameters]
         held += a.anchors()
         held += [a.module.get_buffer(raw) for raw in a.names.buffers.values()]
-        if a.optimizer is not None:
-            states = a.optimizer.state.values()
-            flags += map(id, chain.from_iterable(group["params"] for group in a.optimizer.param_groups))
+        for part in a.parts:
+            states = [state for state in part.optimizer.state.values() if isinstance(state, dict)]
+            flags.append(len(part.optimizer.state))
+            flags += map(id, chain.from_iterable(group["params"] for group in part.optimizer.param_groups))
             flags += map(len, states)
             held += chain.from_iterable(state.values() for state in states)
         self._watched.look_at(held)
-        return self._watched.addresses() + flags
-
-    @property
-    def _state_prefix(self) -> str:
-        return f"{self.prefix}optim.state."
+        return [*self._watched.addresses(), *self._watched.kinds, *flags]
 
     def _model_shards(self, pieces: list[Piece]) -> list[Shard]:
         """One a logical tensor; a tensor of several parameters stands where its first one does."""
@@ -145,17 +213,13 @@ class Member:
                 parts.setdefault(name, []).extend(held(piece.place, piece.shape, piece.layout, piece.local))
         return [shard or join(name, wholes[name], parts[name]) for name, shard in shards.items()]
 
-    def _state_shards(self, slots: list[Slot], others: list[Piece]) -> list[Shard]:
-        if self.adapter.optimizer is None:
-            return []
-        return optim.state_shards(self._state_prefix, self.adapter.optimizer, slots, [piece for piece in others if piece.place])
-
-    def _buffers(self) -> list[Shard]:
-        """Rank 0's: buffers may differ by rank (BatchNorm statistics), and one rank's must be taken together."""
+    def _buffers(self, missing: Mapping[str, torch.Tensor] | None = None) -> list[Shard]:
+        """Rank 0's: buffers may differ by rank (BatchNorm statistics), and one rank's must be taken together. Those in ``missing`` stand
+        in the place of the module's own, which a load will replace."""
         first = Grid(Mesh((world_size(),)), (REPLICATED,), writer=0)
-        found = []
-        for name, raw in self.adapter.names.buffers.items():
-            buffer = self.adapter.module.get_buffer(raw)
+        found, names, new = [], self.adapter.names, dict(missing or {})
+        for name in [*names.buffers, *(name for name in new if name not in names.buffers)]:
+            buffer = new[name] if name in new else names.buffer(name)
             layout = first if type(buffer) is torch.Tensor else layout_of(buffer)
             found.append(optim.tensor_shard(f"{self.prefix}buffers.{name}", tuple(buffer.shape), layout, local_of(buffer)))
         return found
@@ -168,142 +232,216 @@ class Member:
 
     def record(self) -> dict[str, Any]:
         """Everything replicated that is not a tensor, as of the last :meth:`capture`."""
-        a, slots = self.adapter, self._captured.slots if self._captured else self._slots()
-        record: dict[str, Any] = {"engine": a.engine, "counters": a.counters()}
-        if a.optimizer is not None:
-            if self._captured is None or self._captured.lasting is None:
-                lasting = optim.lasting_record(a.optimizer, slots)
-                if self._captured is not None:
-                    self._captured.lasting = lasting
-            else:
-                lasting = self._captured.lasting
-            record |= lasting.record
-            record["groups"] = optim.hyper_parameters(a.optimizer, lasting.names)
-            record["scalars"] = optim.python_scalars(a.optimizer, slots) if lasting.has_numbers else {}
-        if a.scheduler is not None:
-            record["scheduler"] = position(a.scheduler)
+        captured = self._captured or self.capture()
+        record: dict[str, Any] = {"engine": self.adapter.engine, "counters": self.adapter.counters()}
+        found = [state.record(last, carried) for state, last, carried in zip(self.optimizers, captured.optimizers, captured.carried, strict=True)]
+        if found:
+            record |= found[0]
+        if found[1:]:
+            record["more_optimizers"] = found[1:]
+        schedulers = [schedule.capture() for schedule in self._schedules]
+        if schedulers:
+            record["scheduler"] = schedulers[0]
+        if schedulers[1:]:
+            record["more_schedulers"] = schedulers[1:]
+        if self.adapter.names.empty:
+            record["empty_buffers"] = sorted(self.adapter.names.empty)
         return record
 
-    # A load calls these in order: targets, check, prepare, restore.
+    def report_unlisted(self) -> None:
+        """Report, once, what training changes in the module and its state dict does not list."""
+        self._unlisted.report(self._extra.keys)
 
-    def targets(self, stored: dict[str, LogicalTensor], aliases: dict[str, str], record: dict[str, Any]) -> Targets:
-        """What of the live state this checkpoint fills. Changes nothing. Raises :class:`IncompatibleCheckpoint` for another
-        optimizer."""
-        a, captured = self.adapter, self.capture()
-        slots = captured.slots
-        targets = Targets([], captured.models + self._buffers())
-        tied = {s.name: aliases[s.name] for s in targets.tensors if s.name not in stored and s.name in aliases}
+    def extra(self) -> dict[str, Any]:
+        """This rank's extra state of modules, as of the last :meth:`capture`."""
+        return self._captured.extra if self._captured else {}
+
+    # A load calls these in order: targets, check_load, restore_surroundings, prepare, restore.
+
+    def targets(
+        self,
+        stored: dict[str, LogicalTensor],
+        aliases: dict[str, str],
+        record: dict[str, Any],
+        extra: dict[str, Any],
+        may_resize: Any,
+    ) -> Targets:
+        """What of the live state this checkpoint fills. Changes nothing. Raises :class:`IncompatibleCheckpoint` for a different
+        optimizer. ``may_resize`` says of a buffer's name whether it may take the stored shape."""
+        self._check_storage()
+        captured = self.capture()
+        self._load = load = _MemberLoad(record, extra=extra)
+        load.new_buffers, load.gone_buffers = self._changed_buffers(stored, record, may_resize)
+        buffers = [shard for shard in self._buffers(load.new_buffers) if shard.name not in load.gone_buffers]
+        found = Targets([], captured.models + buffers)
+        tied = {s.name: aliases[s.name] for s in found.tensors if s.name not in stored and s.name in aliases}
         model = f"{self.prefix}model."
-        resolve = {name.removeprefix(model): other.removeprefix(model) for name, other in tied.items() if name.startswith(model)}
-        self._load = load = _MemberLoad(record, resolve)
-        targets.stored_names = tied
-        if a.optimizer is None:
-            return targets
-        if record.get("optimizer") not in (None, optim.family(a.optimizer)):
+        load.resolve = {name.removeprefix(model): other.removeprefix(model) for name, other in tied.items() if name.startswith(model)}
+        found.stored_names = tied
+        meshes = meshes_of(self.adapter.names.parameters.values())
+        load.extra_tensors = found.early = targets(extra, stored, f"{self.name}, extra state", meshes)
+        names = [piece.name for piece in captured.pieces]
+        for state, last, part in zip(self.optimizers, captured.optimizers, self._optimizer_records(record), strict=True):
+            states, renamed = state.targets(stored, part, last, names, load.resolve, meshes)
+            found.scalars += state.load.scalars
+            found.states += states
+            found.stored_names.update(renamed)
+            optimized = {slot.piece.name for slot in last.slots}
+            empty = [piece.name for piece in captured.pieces if 0 in piece.shape and piece.name not in optimized]
+            found.empty += [name for name in stored for fqn in empty if name.startswith(f"{state.prefix}{fqn}.")]
+        return found
+
+    def _changed_buffers(self, stored: dict[str, LogicalTensor], record: dict[str, Any], may_resize: Any) -> tuple[dict[str, torch.Tensor], set[str]]:
+        """New tensors for buffers that are None here, or of a different shape, or cannot be filled; and the names of those that were
+        None when the checkpoint was saved."""
+        names, new, base = self.adapter.names, dict[str, torch.Tensor](), f"{self.prefix}buffers."
+        device = next((p.device for p in names.parameters.values() if not p.is_meta), torch.device("cpu"))
+        for name in names.empty:
+            if (tensor := stored.get(f"{base}{name}")) is not None:
+                new[name] = torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
+        for name in names.buffers:
+            tensor, buffer = stored.get(f"{base}{name}"), names.buffer(name)
+            if tensor is None or type(buffer) is not torch.Tensor:
+                continue
+            resizes = not buffer.numel() or names.loads_itself(name) or may_resize(f"{base}{name}")
+            if tensor.shape != tuple(buffer.shape) and resizes:
+                new[name] = torch.zeros(tensor.shape, dtype=buffer.dtype, device=buffer.device)
+            elif buffer.is_inference():
+                new[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
+        gone = {f"{base}{name}" for name in record.get("empty_buffers", ()) if name in names.buffers}
+        return new, gone
+
+    def _optimizer_records(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """The record of each optimizer here. Raises :class:`IncompatibleCheckpoint` where their number differs."""
+        stored = [record, *record.get("more_optimizers", [])] if "optimizer" in record else []
+        here = [state.name for state in self.optimizers]
+        if stored and here and len(stored) != len(here):
+            there = [part.get("optimizer_class") for part in stored]
             raise IncompatibleCheckpoint(
-                f"{self.prefix or 'the '}optimizer is {optim.family(a.optimizer)} here, but the checkpoint was saved with {record['optimizer']}: "
-                "their states do not mean the same. Resume with the same optimizer"
+                f"{self.name} has {len(here)} optimizers here ({', '.join(here)}), {len(stored)} in the checkpoint "
+                f"({', '.join(map(str, there))}); give the same ones in the same order"
             )
-        prefix = self._state_prefix
-        load.states = self._stored_states(stored, [piece.name for piece in captured.pieces])
-        kept = {name: stored[full] for name in load.states if (full := f"{model}{resolve.get(name, name)}") in stored}
-        load.shapes = {name: tensor.shape for name, tensor in kept.items()}
-        load.scalars = targets.scalars = optim.scalar_targets(prefix, slots, load.states)
-        if record.get("optimizer_class") == type(a.optimizer).__name__:
-            load.same_dtype = {s.piece.name for s in slots if _has_dtype(kept.get(s.piece.name), s.piece)}
-        targets.states = optim.describe(prefix, a.optimizer, slots, load.states, load.same_dtype, load.shapes) + self._lost_states(stored, record)
-        for fqn, states in load.states.items():
-            targets.stored_names.update(
-                {f"{prefix}{fqn}.{key}": tensor.name for key, tensor in states.items() if tensor.name != f"{prefix}{fqn}.{key}"}
-            )
-        return targets
+        return stored or [{} for _ in here]
 
-    def _stored_states(self, stored: dict[str, LogicalTensor], names: list[str]) -> optim.States:
-        by_name: optim.States = {}
-        for tensor in stored.values():
-            if tensor.name.startswith(self._state_prefix):
-                fqn, _, key = tensor.name.removeprefix(self._state_prefix).rpartition(".")
-                by_name.setdefault(fqn, {})[key] = tensor
-        resolve = self._load.resolve
-        return {n: by_name[resolve.get(n, n)] for n in names if resolve.get(n, n) in by_name}
-
-    def _lost_states(self, stored: dict[str, LogicalTensor], record: dict[str, Any]) -> list[LogicalTensor]:
-        """Parameters that were in no optimizer when the checkpoint was saved, or not in the model: what the optimizer has for them
-        here is kept. The former are named ``….*``, in no checkpoint, so that they count as missing; the latter do so themselves."""
-        load, model = self._load, f"{self.prefix}model."
-        known = {name for group in record.get("groups", []) for name in group["params"]}
-        load.kept = {s.piece.name for s in self._slots() if load.resolve.get(s.piece.name, s.piece.name) not in known}
-        lost = sorted(name for name in load.kept if f"{model}{load.resolve.get(name, name)}" in stored)
-        return [LogicalTensor(f"{self._state_prefix}{name}.*", "F32", (), ()) for name in lost]
+    def _scheduler_records(self) -> list[dict[str, Any]]:
+        record = self._load.record
+        return [record["scheduler"], *record.get("more_schedulers", [])] if record.get("scheduler") is not None else []
 
     def check_load(self, override: Sequence[str]) -> list[str]:
         """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Returns how this run's hyper-parameters
-        differ from the checkpoint's, of which ``override`` names those that win. Raises :class:`IncompatibleCheckpoint`."""
-        load, a, told = self._load, self.adapter, []
+        and schedules differ from the checkpoint's, of which ``override`` names those that win. Raises
+        :class:`IncompatibleCheckpoint`."""
+        load, a, lines = self._load, self.adapter, []
         a.counters()  # refuses inside gradient accumulation: pending gradients belong to the weights that are replaced
-        if a.optimizer is not None:
-            slots = self._slots()
-            load.values = self._scalar_values(slots)
-            optim.check_holders(slots, load.values, load.states, load.kept)
-            load.unseen = optim.check_kinds(a.optimizer, slots, load.states, load.kept, load.record)
-            chosen = optim.choose_hyper_parameters(slots, load.record.get("groups", []), load.resolve)
-            load.hyper_parameters, told = optim.settle_hyper_parameters(a.optimizer, chosen, override)
-        if a.scheduler is not None and load.record.get("scheduler") is not None:
-            check_position(a.scheduler, load.record["scheduler"])
-        elif a.scheduler is not None or load.record.get("scheduler") is not None:
-            has, lacks = ("this run", "the checkpoint") if a.scheduler is not None else ("the checkpoint", "this run")
-            logger.warning("%s has a learning-rate scheduler and %s has none; it starts anew, or is left out", has, lacks)
-        return [f"{self.prefix.rstrip('.') or 'the model'}: {line}" for line in told]
+        slots = self._slots()
+        for state in self.optimizers:
+            lines += state.check_load(self._of(slots, state.number), load.resolve, override)
+        stored, load.override = self._scheduler_records(), tuple(override)
+        if stored and a.schedulers and len(stored) != len(a.schedulers):
+            raise IncompatibleCheckpoint(f"{self.name} has {len(a.schedulers)} schedulers here, {len(stored)} in the checkpoint; build as many")
+        if not stored and a.schedulers:
+            lines.append("this run has a learning-rate scheduler and the checkpoint has none: it starts fresh")
+        if stored and not a.schedulers:
+            lines.append("the checkpoint has a learning-rate scheduler and this run has none: its state is left out")
+        for schedule, position in zip(self._schedules, stored, strict=False):
+            lines += schedule.check(position, override)
+        return [f"{self.prefix.rstrip('.') or 'the model'}: {line}" for line in lines]
 
-    def _scalar_values(self, slots: list[Any]) -> optim.Scalars:
-        load, stored = self._load, self._load.record.get("scalars", {})
-        values = {s.piece.name: dict(stored.get(load.resolve.get(s.piece.name, s.piece.name), {})) for s in slots}
-        for shard in load.scalars:
-            fqn, _, key = shard.name.removeprefix(self._state_prefix).rpartition(".")
-            local = shard.locals[0]
-            assert local is not None
-            values[fqn][key] = local.item()
-        return values
+    def check_extra(self) -> tuple[set[str], set[str]]:
+        """Return the keys of extra state that only this run has, and those that only the checkpoint has."""
+        return self._extra.keys - self._load.extra.keys(), self._load.extra.keys() - self._extra.keys
+
+    @property
+    def has_surroundings(self) -> bool:
+        """Whether there are schedulers or extra state to restore before the weights."""
+        return bool(self.adapter.schedulers) or bool(self._extra.keys)
+
+    def restore_surroundings(self) -> None:
+        """Restore schedulers and extra state, before any weight changes: what they refuse leaves the weights alone."""
+        load, a = self._load, self.adapter
+        groups = [
+            {**group, **_plain(state.load.hyper_parameters.get(number, {}))}
+            for state in self.optimizers
+            for number, group in enumerate(state.optimizer.param_groups)
+        ]
+        for schedule, position in zip(self._schedules, self._scheduler_records(), strict=False):
+            owner = getattr(schedule.scheduler, "optimizer", None)
+            own = [number for number, state in enumerate(self.optimizers) if state.optimizer is owner]
+            if own and len(self.optimizers) > 1:
+                before = sum(len(state.optimizer.param_groups) for state in self.optimizers[: own[0]])
+                mine = groups[before : before + len(self.optimizers[own[0]].optimizer.param_groups)]
+            else:
+                mine = groups if len(self.optimizers) == 1 else []
+            schedule.restore(position, mine, load.override)
+        device = next((p.device for p in a.names.parameters.values()), None)
+        self._extra.restore({key: unflatten(value, self._extra_tensor, device) for key, value in load.extra.items() if key in self._extra.keys})
+
+    def _extra_tensor(self, reference: Any) -> torch.Tensor:
+        return self._load.extra_tensors[reference.name][0]
 
     def prepare(self) -> list[Shard]:
-        """Give the optimizer the states that the checkpoint has; returns their shards, to be filled. The first change to live
-        state."""
-        load, a = self._load, self.adapter
-        if a.optimizer is None:
-            return []
-        slots = self._slots()
-        optim.allocate(a.optimizer, slots, load.states, load.values, load.record, load.same_dtype, load.kept, load.shapes)
-        scalars = {shard.name for shard in load.scalars}
-        return [shard for shard in self._state_shards(slots, self._others()) if shard.name not in scalars]
+        """Give the optimizers the states that the checkpoint has; returns their shards, to be filled. Changes live state."""
+        load = self._load
+        for name, tensor in load.new_buffers.items():
+            self.adapter.names.set_buffer(name, tensor)
+        for name in load.gone_buffers:
+            self.adapter.names.set_buffer(name.removeprefix(f"{self.prefix}buffers."), None)
+        slots, frozen = self._slots(), [piece for piece in self._others() if piece.place]
+        return [shard for state in self.optimizers for shard in state.prepare(self._of(slots, state.number), frozen)]
 
     @torch.no_grad()
     def restore(self, step: int, samples: int) -> None:
-        """After the tensors are filled: scalars, hyper-parameters, scheduler, counters. Local; the adapter's ``publish`` follows."""
+        """After the tensors are filled: scalars, hyper-parameters, counters. Local; the adapter's ``publish`` follows."""
         load, a = self._load, self.adapter
-        if a.optimizer is not None:
-            optim.apply_scalars(a.optimizer, self._slots(), load.values)
-            optim.apply_hyper_parameters(a.optimizer, load.hyper_parameters)
-            if load.unseen:
-                optim.watch_first_step(a.optimizer)
-        if a.scheduler is not None and load.record.get("scheduler") is not None:
-            restore_position(a.scheduler, load.record["scheduler"])
+        slots = self._slots()
+        for state in self.optimizers:
+            state.restore(self._of(slots, state.number), load.resolve, scheduled=bool(a.schedulers))
         a.set_counters({"global_steps": step, "global_samples": samples, **load.record.get("counters", {})})
 
+    def explain(self, same_ranks: bool) -> list[tuple[str, Any, Any]]:
+        """After a resume, of what was captured again: where it is not what the checkpoint and this run's settings make of it, as (path,
+        stored, live). ``same_ranks``: extra state was this rank's own."""
+        load, captured = self._load, self.capture()
+        found = [
+            difference
+            for state, last in zip(self.optimizers, captured.optimizers, strict=True)
+            for difference in state.explain(last, load.resolve)
+            if "optimizer" in load.record
+        ]
+        for schedule, position in zip(self._schedules, self._scheduler_records(), strict=False):
+            kind = type(schedule.scheduler).__name__
+            found += [(f"{kind}.{path}", a, b) for path, a, b in schedule.explain(position, load.override)]
+        shared = captured.extra.keys() & load.extra.keys()
+        found += differing({key: load.extra[key] for key in shared}, {key: captured.extra[key] for key in shared})
+        stored, live = load.record.get("counters", {}), self.adapter.counters()
+        same = {
+            key: value for key, value in stored.items() if key in live and key != "micro_steps" and load.record.get("engine") == self.adapter.engine
+        }
+        found += differing(same, {key: live[key] for key in same}) if same_ranks else []
+        return [(f"{self.prefix}{path}", a, b) for path, a, b in found]
 
-class _Watched:
-    """Where many objects lie: the same ones as the last time, as a rule, so that few steps are taken for each."""
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: unflatten(value, optim.no_tensor) for key, value in values.items() if key in ("lr", "initial_lr")}
+
+
+class _AddressCache:
+    """Cache tensor addresses; cheap while the tensors are the same objects as the last time."""
 
     def __init__(self) -> None:
         self._held: list[Any] = []
         self._ids: list[int] = []
         self._plain: list[torch.Tensor] = []
         self._sharded: list[Any] = []
+        self.kinds: list[int] = []
+        """The types of what is not a tensor."""
 
     def look_at(self, held: list[Any]) -> None:
         ids = list(map(id, held))
         if ids != self._ids:
             self._held, self._ids = held, ids  # held, no other object gets one of their ids
             tensors = [t for t in held if isinstance(t, torch.Tensor)]
+            self.kinds = [id(type(t)) for t in held if not isinstance(t, torch.Tensor)] if len(tensors) < len(held) else []
             self._sharded = [t for t in tensors if hasattr(t, "_local_tensor")]
             self._plain = [t for t in tensors if not hasattr(t, "_local_tensor")]
 
@@ -316,23 +454,16 @@ _ADDRESS, _LOCAL, _REQUIRES_GRAD = torch.Tensor.data_ptr, attrgetter("_local_ten
 
 @dataclass
 class _MemberLoad:
-    """A member's part of a load under way. ``resolve``: live FQN → stored FQN of tied weights; ``kept``: parameters whose
-    optimizer state stays as it is; ``same_dtype``: those whose states the same optimizer made for the same dtype."""
+    """A member's part of a load under way. ``resolve``: live FQN → stored FQN of tied weights; ``new_buffers`` replace the module's own,
+    ``gone_buffers`` become None again."""
 
     record: dict[str, Any] = field(default_factory=dict)
     resolve: dict[str, str] = field(default_factory=dict)
-    states: optim.States = field(default_factory=dict)
-    scalars: list[Shard] = field(default_factory=list)
-    values: optim.Scalars = field(default_factory=dict)
-    hyper_parameters: dict[int, dict[str, Any]] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
-    same_dtype: set[str] = field(default_factory=set)
-    shapes: optim.Shapes = field(default_factory=dict)
-    unseen: bool = False
-
-
-def _has_dtype(stored: LogicalTensor | None, piece: Piece) -> bool:
-    return stored is not None and stored.dtype == dtype_name(piece.local.dtype)
+    extra: dict[str, Any] = field(default_factory=dict)
+    extra_tensors: LoadedTensors = field(default_factory=dict)
+    new_buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    gone_buffers: set[str] = field(default_factory=set)
+    override: tuple[str, ...] = ()
 
 
 def _check_copy(piece: Piece, rank: int) -> None:

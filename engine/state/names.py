@@ -1,10 +1,11 @@
 """Fully qualified names (FQNs), the same whatever wraps the module."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from msgspec.structs import replace
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from engine.errors import LayoutError, UsageError
 from engine.state.parts import Place, expert_place, local_experts, row_places
@@ -36,11 +37,13 @@ def normalise(name: str, *, peft: bool = False) -> str:
 class Names:
     """The FQN of every parameter and persistent buffer of a module; tied ones have one name, and aliases.
 
-    ``places``: by FQN, the parameters that are boxes of a larger logical tensor.
+    ``places``: by FQN, the parameters that are boxes of a larger logical tensor. ``raw``: every name that the module's own state dict
+    has for them. ``empty``: persistent buffers that are None now, which a forward may fill, with their raw names.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        peft = hasattr(module, "peft_config") and hasattr(module, "base_model")
+        self.peft = peft = hasattr(module, "peft_config") and hasattr(module, "base_model")
+        self.raw: set[str] = set()
         self.parameters: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
@@ -48,6 +51,7 @@ class Names:
         _refuse_unknown(module)
         for raw, parameter in module.named_parameters(remove_duplicate=False):
             name = normalise(raw, peft=peft)
+            self.raw.add(raw)
             if id(parameter) in self._of:
                 self.aliases[name] = self._of[id(parameter)]
             elif name in self.parameters:
@@ -64,41 +68,89 @@ class Names:
             if id(parameter) not in experts:
                 raise UsageError(f"{name} is an expert-parallel parameter outside DeepSpeed's MoE layer; how it is stacked is not known")
             self.places[name] = expert_place(name, parameter, experts[id(parameter)])
-        self.buffer_aliases: dict[str, str] = {}
+        self._module = module
+        self._find_buffers()
+        self._look()
+
+    def _find_buffers(self) -> None:
+        self.buffers, self.buffer_aliases, self.empty = {}, {}, dict[str, str]()
         seen: dict[int, str] = {}
-        for prefix, owner in module.named_modules():
-            for leaf, buffer in owner.named_buffers(recurse=False):
+        for prefix, owner in self._module.named_modules(remove_duplicate=False):
+            for leaf, buffer in owner._buffers.items():
                 if leaf in owner._non_persistent_buffers_set:
                     continue
                 raw = f"{prefix}.{leaf}" if prefix else leaf
-                name = normalise(raw, peft=peft)
-                if id(buffer) in seen:
+                name = normalise(raw, peft=self.peft)
+                self.raw.add(raw)
+                if buffer is None:
+                    self.empty[name] = raw
+                elif id(buffer) in seen:
                     self.buffer_aliases[name] = seen[id(buffer)]
                 else:
                     seen[id(buffer)] = name
                     self.buffers[name] = raw
-        self._module = module
+
+    def buffer(self, name: str) -> torch.Tensor:
+        return self._module.get_buffer(self.buffers[name])
+
+    def loads_itself(self, name: str) -> bool:
+        """Return whether a buffer's module has its own way to load: observers take buffers of any shape."""
+        owner = self._module.get_submodule(self.buffers[name].rpartition(".")[0])
+        return type(owner)._load_from_state_dict is not nn.Module._load_from_state_dict
+
+    def set_buffer(self, name: str, value: torch.Tensor | None) -> None:
+        """Put a tensor in the place of a buffer, or None; under all names that share it."""
+        known = {**self.buffers, **self.empty}
+        old = self.buffer(name) if name in self.buffers else None
+        raws = [known[name]]
+        if old is not None:
+            raws += [
+                f"{prefix}.{leaf}" if prefix else leaf
+                for prefix, owner in self._module.named_modules()
+                for leaf, b in owner._buffers.items()
+                if b is old
+            ]
+        for raw in raws:
+            prefix, _, leaf = raw.rpartition(".")
+            self._module.get_submodule(prefix)._buffers[leaf] = value
+        self._find_buffers()
         self._look()
 
-    def check(self) -> None:
-        """Raises :class:`UsageError` where the module has other parameters than when this was made: what is gone would be saved, and what
-        is new would not. FSDP2 puts others in their place itself, for a while: those are not asked for."""
+    def check(self, reshard: Callable[[], None] = lambda: None) -> bool:
+        """Return whether modules or buffers have been added, removed or filled since the last look.
+
+        Raises :class:`UsageError` where the module has other parameters than when this was made: what is gone would be saved, and what
+        is new would not. FSDP2 puts others in their place itself, for a while: ``reshard`` brings its own back.
+        """
+        changed = self._shape_of_buffers() != self._buffer_shape
         if self._held == [id(inner) for held in self._holders for inner in held.values()]:
-            return
+            if changed:
+                self._find_buffers()
+                self._look()
+            return changed
+        reshard()
         present = {id(parameter): name for name, parameter in self._module.named_parameters()}
-        sharded = [name for name, parameter in self.parameters.items() if isinstance(parameter, DTensor)]
-        lost = [name for name, parameter in self.parameters.items() if id(parameter) not in present and name not in sharded]
-        new = [] if sharded else [name for number, name in present.items() if number not in self._of]
+        lost = [name for name, parameter in self.parameters.items() if id(parameter) not in present]
+        new = [name for number, name in present.items() if number not in self._of]
         if odd := list(dict.fromkeys(lost + new)):
             raise UsageError(
-                f"the module's parameters are others than when the Checkpointer was made: {', '.join(odd[:8])}. Change values in place, or make a "
-                "new Checkpointer after replacing parameters, adding or removing them"
+                f"the module's parameters changed since the Checkpointer was made: {', '.join(odd[:8])}. Change values in place, or make a "
+                "new Checkpointer after replacing parameters (load_state_dict(assign=True) does), adding or removing them"
             )
+        self._find_buffers()
         self._look()
+        return True
 
     def _look(self) -> None:
-        self._holders = [held for owner in self._module.modules() for held in (owner._parameters, owner._modules)]
+        modules = list(self._module.modules())
+        self._holders = [held for owner in modules for held in (owner._parameters, owner._modules)]
         self._held = [id(inner) for held in self._holders for inner in held.values()]
+        self._buffers_of = [owner._buffers for owner in modules]
+        self._buffer_shape = self._shape_of_buffers()
+
+    def _shape_of_buffers(self) -> list[bool]:
+        """How many buffers each module has, and which are None: what changes where one is added or filled."""
+        return [value is None for buffers in self._buffers_of if buffers for value in (*buffers.values(), None)]
 
     def _find_rows(self, module: nn.Module, peft: bool) -> None:
         """Rows that a module declares, where they are tied to another module's rows as an alias of the whole."""
@@ -135,4 +187,7 @@ def _refuse_unknown(module: nn.Module) -> None:
         raise UsageError("FSDP1 (FullyShardedDataParallel) is not supported; shard with torch.distributed.fsdp.fully_shard")
     for name, parameter in module.named_parameters():
         if getattr(parameter, "tensor_model_parallel", False):
-            raise UsageError(f"{name} is cut by Megatron's tensor parallelism. This version cannot save it; DTensor placements it can")
+            raise UsageError(
+                f"{name} is cut by tensor parallelism that is not DTensor's (DeepSpeed AutoTP's, or Megatron's), which this version cannot save. "
+                "Use torch.distributed.tensor.parallel.parallelize_module"
+            )

@@ -1,10 +1,13 @@
 """Optimizer state and hyper-parameters by FQN, whatever tensors and scalars the optimizer keeps.
 
 A state is a *scalar* if it is one number for the whole parameter (``step``), else a tensor: laid out like the parameter, or of
-a shape of its own (factored states). Scalars are restored by value, tensors are filled in place.
+a shape of its own (factored states). Scalars are restored by value, tensors are filled in place. What is neither, such as a list
+of tensors, is *nested*: taken apart by ``engine.state.values``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import enum
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -13,12 +16,14 @@ from msgspec import Struct
 from torch.distributed.tensor import DTensor, Replicate, zeros
 from torch.distributed.tensor import Shard as Cut
 
-from engine.errors import IncompatibleCheckpoint, LayoutError
+from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError, UsageError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Part
+from engine.format.record import Reference, Typed, decode_record, encode_record
 from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, replicated
 from engine.state.shard import Shard, dtype_name, torch_dtype
 from engine.state.source import Piece, Slot
+from engine.state.values import OMIT, SMALL_BYTES, differing, fits, flatten, is_code, is_permuted, refuse, shown, small_array, unflatten
 
 States = dict[str, dict[str, LogicalTensor]]
 """Stored optimizer tensors by live FQN and key."""
@@ -31,8 +36,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 # How a step is computed, not what it computes: these follow the resuming run, not the checkpoint.
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
-# What is told where it differs from the checkpoint's; other values (schedule-free's k, weight_sum) are state that changes each step.
-_TOLD = {"lr", "initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize"}
+# What schedulers keep in param groups.
+SCHEDULED = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"}
+# What is reported where it differs from the checkpoint's; other values (schedule-free's k, weight_sum) are state that changes each step.
+_TOLD = {"lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "rho", "amsgrad", "maximize", *SCHEDULED}
+_LARGEST_F32_COUNT = 2**24
+"""Up to here float32, torch's type for counts of steps, holds every integer."""
 # Optimizers of known classes that keep other states for matrices than for vectors, such as a flat buffer.
 _BY_SHAPE = {"Adafactor"}
 _ADAM = {"Adam", "FusedAdam", "DeepSpeedCPUAdam", "AdamW", "CPUAdam"}
@@ -46,9 +55,27 @@ def family(optimizer: torch.optim.Optimizer) -> str:
     return "Adam" if name in _ADAM else name
 
 
+def defaults_of(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    """Return the settings of the constructor; what only acts like an optimizer may have none."""
+    return getattr(optimizer, "defaults", {})
+
+
 def is_scalar(key: str, shape: tuple[int, ...], piece: Piece) -> bool:
-    """A 0-d moment of a 0-d parameter is a tensor like any other."""
-    return not shape and (key == "step" or piece.shape != ())
+    """Return whether a stored state is one number for the whole parameter.
+
+    A moment of a parameter with one element is a tensor like any other.
+    """
+    return math.prod(shape) == 1 and (key == "step" or shape != piece.shape)
+
+
+def _is_live_scalar(key: str, value: torch.Tensor, slot: Slot) -> bool:
+    if value.numel() != 1:
+        return False
+    if key == "step" or isinstance(value, DTensor):
+        return is_scalar(key, tuple(value.shape), slot.piece)
+    if slot.cut is not None:
+        return value.numel() != slot.holder.numel()
+    return value.shape != local_of(slot.holder).shape
 
 
 def tensor_shard(name: str, shape: tuple[int, ...], layout: Any, local: torch.Tensor) -> Shard:
@@ -69,8 +96,10 @@ def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[
         for key, value in optimizer.state.get(slot.holder, {}).items():
             name = f"{prefix}{piece.name}.{key}"
             if isinstance(value, torch.Tensor):
-                if value.ndim == 0 and is_scalar(key, (), piece):
-                    shards[name] = tensor_shard(name, (), replicated(), local_of(value))
+                if _lies_permuted(value, slot):
+                    continue  # among the nested
+                if _is_live_scalar(key, value, slot):
+                    shards[name] = tensor_shard(name, tuple(value.shape), replicated(), local_of(value))
                     continue
                 shard = _elementwise(name, slot, value)
                 if piece.place is None:
@@ -81,7 +110,7 @@ def state_shards(prefix: str, optimizer: torch.optim.Optimizer, slots: Iterable[
                 wholes[name] = piece.place.whole
                 parts.setdefault((name, piece.name), []).extend(held(piece.place, piece.shape, shard.tensor.parts[0].layout, shard.locals[0]))
             elif _counts_in_ints(key, value):  # stored as torch's own Adam would, so that either can load it
-                shards[name] = tensor_shard(name, (), replicated(), torch.tensor(float(value)))
+                shards[name] = tensor_shard(name, (), replicated(), _count(value))
     for (name, fqn), found in parts.items():
         rest = [held(piece.place, piece.shape, Absent(), None) for piece in frozen if piece.name == fqn and piece.place]
         shards[name] = join(name, wholes[name], [*found, *chain.from_iterable(rest)])
@@ -97,9 +126,20 @@ def int_steps(
     return [(holder, tensor) for holder, tensor in pairs if tensor is not None and _counts_in_ints("step", optimizer.state[holder].get("step"))]
 
 
-def refresh_int_steps(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def refresh_int_steps(optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Take over the counts of now; returns whether the tensors can still hold them."""
     for holder, tensor in pairs:
-        tensor.fill_(optimizer.state[holder]["step"])
+        value = optimizer.state[holder]["step"]
+        if abs(value) > _LARGEST_F32_COUNT and tensor.dtype != torch.float64:
+            return False
+        tensor.fill_(value)
+    return True
+
+
+def _count(value: int) -> torch.Tensor:
+    """A count as a tensor that holds it exactly, whatever the default dtype and device are."""
+    dtype = torch.float32 if abs(value) <= _LARGEST_F32_COUNT else torch.float64
+    return torch.tensor(float(value), dtype=dtype, device="cpu")
 
 
 def _counts_in_ints(key: str, value: Any) -> bool:
@@ -134,13 +174,61 @@ def _alike(value: torch.Tensor, slot: Slot) -> bool:
 
 
 def python_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> Scalars:
-    """Numbers that are no tensors, but for the int steps that :func:`state_shards` stores."""
+    """Return the values that are no tensors and hold none, but for the int steps that :func:`state_shards` stores."""
     found = {}
     for slot in slots:
         state = optimizer.state.get(slot.holder, {})
-        scalars = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor) and not _counts_in_ints(k, v)}
+        scalars = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor) and type(v) in _NUMBERS and not _counts_in_ints(k, v)}
         if scalars:
             found[slot.piece.name] = scalars
+    return found
+
+
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def nested_keys(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> list[tuple[Slot, str]]:
+    """Return where the optimizer keeps values that are neither tensors nor numbers.
+
+    Raises :class:`UsageError` for a state that is not a dict.
+    """
+    found = []
+    for slot in slots:
+        state = optimizer.state.get(slot.holder, {})
+        if not isinstance(state, Mapping):
+            raise UsageError(
+                f"{type(optimizer).__name__} keeps a {type(state).__name__} for {slot.piece.name} where a dict of states is expected; "
+                "this version cannot save it"
+            )
+        for key, value in state.items():
+            plain = type(value) in _NUMBERS and fits(value)
+            if _lies_permuted(value, slot) if isinstance(value, torch.Tensor) else not plain:
+                found.append((slot, key))
+            elif type(key) is not str:
+                raise UsageError(f"{type(optimizer).__name__} keeps a state of {slot.piece.name} under {key!r}, which is not a text; rename it")
+    return found
+
+
+def _lies_permuted(value: torch.Tensor, slot: Slot) -> bool:
+    """A state of a shape of its own whose memory is in a different order, which its next use in a sum depends on."""
+    own = slot.cut is None and not isinstance(value, DTensor) and value.ndim > 1 and value.shape != slot.holder.shape
+    return own and is_permuted(value)
+
+
+def loose_keys(optimizer: torch.optim.Optimizer, slots: Iterable[Slot]) -> list[Any]:
+    """Return the keys of the optimizer's state that are no parameters, such as MADGRAD's ``k``.
+
+    Raises :class:`UsageError` for the state of a tensor that no param group holds.
+    """
+    state = optimizer.state
+    holders = {id(slot.holder) for slot in slots}
+    found = [key for key, value in state.items() if id(key) not in holders and not (isinstance(value, Mapping) and not value)]
+    for key in found:
+        if isinstance(key, torch.Tensor):
+            raise UsageError(
+                f"{type(optimizer).__name__} keeps a state for a tensor of shape {list(key.shape)} that is in none of its param groups; "
+                "remove it from optimizer.state, or add the tensor to a group"
+            )
     return found
 
 
@@ -153,12 +241,15 @@ def counts_in_ints(optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> 
 
 def local_states(optimizer: torch.optim.Optimizer) -> list[str]:
     """The keys of states that are plain tensors, shaped like the local shard, beside DTensor parameters."""
-    holders = [(holder, state) for holder, state in optimizer.state.items() if isinstance(holder, DTensor)]
-    return sorted({k for _, state in holders for k, v in state.items() if isinstance(v, torch.Tensor) and not isinstance(v, DTensor) and v.ndim})
-
-
-def has_int_steps(optimizer: torch.optim.Optimizer) -> bool:
-    return any(_counts_in_ints(k, v) for state in optimizer.state.values() for k, v in state.items())
+    return sorted(
+        {
+            key
+            for holder, state in optimizer.state.items()
+            if isinstance(holder, DTensor)
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim and value.shape == holder._local_tensor.shape
+        }
+    )
 
 
 class Lasting(Struct, frozen=True):
@@ -174,24 +265,56 @@ def lasting_record(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> L
     names: dict[int, dict[str, None]] = {}
     for slot in slots:
         names.setdefault(slot.group, {})[slot.piece.name] = None
+    states = [optimizer.state.get(slot.holder, {}) for slot in slots]
     record = {
         "optimizer": family(optimizer),
         "optimizer_class": type(optimizer).__name__,
-        "int_steps": has_int_steps(optimizer),
+        "int_steps": any(_counts_in_ints(k, v) for state in states for k, v in state.items()),
         "local_states": local_states(optimizer),
         "flat": is_flat(slots),
-        "stateless": list(dict.fromkeys(slot.piece.name for slot in slots if not optimizer.state.get(slot.holder))),
+        "stateless": list(dict.fromkeys(slot.piece.name for slot, state in zip(slots, states, strict=True) if not state)),
     }
-    has_numbers = any(not isinstance(value, torch.Tensor) for state in optimizer.state.values() for value in state.values())
+    if empty := list(dict.fromkeys(slot.piece.name for slot in slots if slot.holder in optimizer.state and not optimizer.state[slot.holder])):
+        record["empty_states"] = empty
+    has_numbers = any(not isinstance(value, torch.Tensor) for state in states for value in state.values())
     return Lasting(record, {group: list(found) for group, found in names.items()}, has_numbers)
 
 
 def hyper_parameters(optimizer: torch.optim.Optimizer, names: Mapping[int, list[str]]) -> list[dict[str, Any]]:
-    """Per group: its values and the FQNs they hold for, ``names``."""
-    return [
-        {"params": names.get(i, []), "values": {k: v for k, v in group.items() if k not in _IMPLEMENTATION}}
-        for i, group in enumerate(optimizer.param_groups)
-    ]
+    """Return for each group its values, flattened, and the FQNs they hold for, ``names``."""
+    return [{"params": names.get(i, []), "values": group_values(optimizer, i)} for i in range(len(optimizer.param_groups))]
+
+
+def group_values(optimizer: torch.optim.Optimizer, number: int) -> dict[str, Any]:
+    """Return a param group's values as a record holds them; functions are left out.
+
+    Raises :class:`UsageError` naming a value of another type.
+    """
+    group = optimizer.param_groups[number]
+    values = {}
+    for key, value in group.items():
+        if type(value) in _NUMBERS and key not in _IMPLEMENTATION and fits(value):
+            values[key] = value
+        elif key not in _IMPLEMENTATION:
+            flat = _group_value(optimizer, number, key, value)
+            if flat is not OMIT:
+                values[key] = flat
+    return values
+
+
+def _group_value(optimizer: torch.optim.Optimizer, number: int, key: str, value: Any) -> Any:
+    owner = f"{type(optimizer).__name__}, param group {number}"
+    known = refuse(owner)
+
+    if isinstance(value, enum.Enum) and key in defaults_of(optimizer):  # this program's constructor brings the class
+        return Typed("enum", [type(value).__qualname__, value.name])
+
+    def take(path: str, tensor: torch.Tensor) -> Any:
+        if tensor.nbytes > SMALL_BYTES:
+            raise UsageError(f"{owner}: {path} is a tensor of {tensor.nbytes} bytes; a group takes up to {SMALL_BYTES}. Keep it in optimizer.state")
+        return small_array(local_of(tensor))
+
+    return flatten(value, key, take, lambda path, inner: OMIT if is_code(inner) else known(path, inner))
 
 
 def choose_hyper_parameters(slots: Iterable[Slot], stored: list[dict[str, Any]], resolve: dict[str, str]) -> dict[int, dict[str, Any]]:
@@ -215,45 +338,94 @@ def choose_hyper_parameters(slots: Iterable[Slot], stored: list[dict[str, Any]],
 def settle_hyper_parameters(
     optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]], override: Sequence[str]
 ) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """The values to apply, where those of this run win that ``override`` names; and every difference, worded.
+    """Return the values to apply, where those of this run win that ``override`` names; and every difference, worded.
 
     A rate under a scheduler (it has an ``initial_lr``) is overridden at its base: the present rate keeps its ratio to it.
     """
     settled, told = {}, []
     for number, stored in chosen.items():
-        group, values = optimizer.param_groups[number], dict(stored)
+        group, values = group_values(optimizer, number), dict(stored)
         scheduled = "initial_lr" in group and "initial_lr" in stored
         for key in [k for k in values if k in group and (k in _TOLD or k in override)]:
-            if (key == "lr" and scheduled) or _same(group[key], values[key]):
+            if (key == "lr" and scheduled) or same_value(group[key], values[key]):
                 continue
             name = "lr" if key == "initial_lr" else key
             wins = name in override
             told.append(
-                f"param group {number}: {name} is {group[key]!r} here and {values[key]!r} in the checkpoint; "
+                f"{type(optimizer).__name__}, param group {number}: {name} is {shown(group[key])} here and {shown(values[key])} in the checkpoint; "
                 + ("this run's is used" if wins else f"the checkpoint's is used (override=({name!r},) takes this run's)")
             )
             if wins and key == "initial_lr":
-                values["lr"] = float(group[key]) if not values[key] else float(values["lr"]) * float(group[key]) / float(values[key])
+                mine, theirs, rate = (_number(value) for value in (group[key], values[key], values["lr"]))
+                values["lr"] = mine if not theirs else rate * mine / theirs
             if wins:
-                values[key] = group[key].item() if isinstance(group[key], torch.Tensor) else group[key]
+                values[key] = group[key]
         settled[number] = values
     return settled, told
 
 
-def _same(a: Any, b: Any) -> bool:
-    return (tuple(a) == tuple(b)) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else bool(a == b)
+def _number(value: Any) -> Any:
+    """A number that may stand as a tensor in one run and not in another."""
+    if isinstance(value, Typed) and value.kind == "enum":
+        return tuple(value.value)
+    value = unflatten(value, no_tensor)
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-def apply_hyper_parameters(optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]]) -> None:
+def no_tensor(reference: Reference) -> Any:
+    raise CheckpointCorrupt(f"a param group refers to a tensor {reference.name}, which none of them has")
+
+
+def same_value(a: Any, b: Any) -> bool:
+    """Return whether two flattened values are equal, a number and a tensor of one element included."""
+    if not differing(a, b):
+        return True
+    a, b = _number(a), _number(b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    return isinstance(a, int | float | complex) and isinstance(b, int | float | complex) and a == b
+
+
+def apply_hyper_parameters(optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]], *, same_class: bool, scheduled: bool) -> None:
+    """Give each group the values of ``chosen``, as the types that they had.
+
+    A value that the constructor sets stays a tensor or a number, as this run has it. Where the checkpoint is of the same class of
+    optimizer, a value that only steps set is added or removed. ``scheduled``: a scheduler keeps values in the groups as well.
+    """
+    torchs = type(optimizer).__module__.startswith("torch.optim")
     for number, values in chosen.items():
         group = optimizer.param_groups[number]
-        for key, value in values.items():
-            if key in _IMPLEMENTATION:
+        device = next((p.device for p in group["params"]), None)
+        for key, stored in values.items():
+            if key in _IMPLEMENTATION or (key not in group and not same_class):
                 continue
-            if isinstance(group.get(key), torch.Tensor):
-                group[key].fill_(value)
-            elif key in group:
+            live = group.get(key)
+            if isinstance(stored, Typed) and stored.kind == "enum":
+                if isinstance(live, enum.Enum):  # made by this program's own class
+                    group[key] = type(live)[stored.value[1]]
+                continue
+            value = unflatten(stored, no_tensor, device)
+            by_constructor = key in defaults_of(optimizer) or key in SCHEDULED or not same_class
+            if isinstance(live, torch.Tensor) and (by_constructor or _alike_tensors(live, value)):
+                live.copy_(value) if isinstance(value, torch.Tensor) else live.fill_(value)
+            elif (
+                isinstance(value, torch.Tensor)
+                and value.numel() == 1
+                and type(live) in (int, float)
+                and by_constructor
+                and (torchs or not same_class)
+            ):
+                group[key] = value.item()  # torch takes a rate as a tensor where it is captured in graphs
+            else:
                 group[key] = value
+        if same_class:
+            kept = {*values, *_IMPLEMENTATION, *defaults_of(optimizer), *(SCHEDULED if scheduled else ())}
+            for key in [key for key in group if key not in kept and not is_code(group[key])]:
+                del group[key]
+
+
+def _alike_tensors(a: torch.Tensor, b: Any) -> bool:
+    return isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype
 
 
 def by_holder(slots: Iterable[Slot]) -> Iterator[tuple[torch.Tensor, list[Slot]]]:
@@ -267,7 +439,7 @@ def by_holder(slots: Iterable[Slot]) -> Iterator[tuple[torch.Tensor, list[Slot]]
 def scalar_targets(prefix: str, slots: Iterable[Slot], stored: States) -> list[Shard]:
     """Temporaries for the stored scalars."""
     return [
-        tensor_shard(f"{prefix}{name}.{key}", (), replicated(), torch.zeros((), dtype=torch_dtype(tensor.dtype)))
+        tensor_shard(f"{prefix}{name}.{key}", tensor.shape, replicated(), torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu"))
         for name, slot in {slot.piece.name: slot for slot in slots}.items()
         for key, tensor in stored.get(name, {}).items()
         if is_scalar(key, tensor.shape, slot.piece)
@@ -282,7 +454,7 @@ def check_holders(slots: Iterable[Slot], scalars: Scalars, stored: States, kept:
         kinds: dict[Any, list[str]] = {}
         for slot in shared:
             name = slot.piece.name
-            kind = (name in kept, tuple(sorted(stored.get(name, {}))), tuple(sorted(scalars.get(name, {}).items())))
+            kind = (name in kept, tuple(sorted(stored.get(name, {}))), encode_record(scalars.get(name, {})))
             kinds.setdefault(kind, []).append(name)
         if len(kinds) > 1:
             (a, a_names), (b, b_names) = list(kinds.items())[:2]
@@ -312,7 +484,7 @@ def check_kinds(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored:
     for slot in slots:
         name, state = slot.piece.name, optimizer.state.get(slot.holder, {})
         wanted = {key for key, tensor in stored.get(name, {}).items() if not is_scalar(key, tensor.shape, slot.piece)}
-        live = {key for key, value in state.items() if isinstance(value, torch.Tensor) and not is_scalar(key, tuple(value.shape), slot.piece)}
+        live = {key for key, value in state.items() if isinstance(value, torch.Tensor) and not _is_live_scalar(key, value, slot)}
         unseen = unseen or bool(crossed and not flat and wanted and not live)
         if name not in kept and live - wanted and wanted - live:
             raise IncompatibleCheckpoint(
@@ -325,10 +497,15 @@ def check_kinds(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], stored:
 def watch_first_step(optimizer: torch.optim.Optimizer) -> None:
     """The next step must find all states that it keeps; what it would make anew was not restored. It raises
     :class:`IncompatibleCheckpoint` then."""
-    restored = {holder: set(state) for holder, state in optimizer.state.items()}
+    restored = {holder: set(state) for holder, state in optimizer.state.items() if isinstance(holder, torch.Tensor)}
+
+    seen = False
 
     def check(*_: Any) -> None:
-        handle.remove()
+        nonlocal seen
+        if seen:
+            return
+        seen = True
         for holder, keys in restored.items():
             new = sorted(key for key, value in optimizer.state[holder].items() if key not in keys and isinstance(value, torch.Tensor) and value.ndim)
             if new:
@@ -337,14 +514,14 @@ def watch_first_step(optimizer: torch.optim.Optimizer) -> None:
                     f"{sorted(keys)}: its states depend on how parameters are laid out. Resume under an engine of the kind that saved"
                 )
 
-    handle = optimizer.register_step_post_hook(check)
+    optimizer.register_step_post_hook(check)  # stays: hooks cannot be removed while they run
 
 
 def _told(kind: Any) -> str:
     kept, states, scalars = kind
     if kept:
         return "no place in the optimizer"
-    return f"{dict(scalars)}" if states else "no optimizer state"
+    return f"{decode_record(scalars)}" if states else "no optimizer state"
 
 
 def describe(
@@ -386,20 +563,25 @@ def allocate(
     same_dtype: set[str],
     kept: set[str],
     shapes: Shapes,
+    nested: Mapping[str, Set[str]],
 ) -> None:
     """Give each holder exactly the states that the checkpoint has for it: new ones zeroed, others dropped. What is in ``kept``
-    stays as it is."""
+    stays as it is; ``nested`` are the keys by parameter that are restored later."""
     int_steps, local = counts_in_ints(optimizer, record), set(record.get("local_states", []))
+    empty = set(record.get("empty_states", []))
     for holder, shared in by_holder(slots):
         slot = shared[0]
         wanted, numbers = stored.get(slot.piece.name, {}), scalars.get(slot.piece.name, {})
+        later = nested.get(slot.piece.name, ())
         if slot.piece.name in kept:
             continue
-        if not wanted and not numbers:
+        if not wanted and not numbers and not later:
             optimizer.state.pop(holder, None)
+            if slot.piece.name in empty:
+                optimizer.state[holder] = {}
             continue
         state = optimizer.state[holder]
-        for key in [k for k in state if k not in wanted and k not in numbers]:
+        for key in [k for k in state if k not in wanted and k not in numbers and k not in later]:
             del state[key]
         for key, tensor in wanted.items():
             if state.get(key) is None:
@@ -415,7 +597,7 @@ def _zero_scalar(optimizer: torch.optim.Optimizer, slot: Slot, key: str, tensor:
         return 0
     group = optimizer.param_groups[slot.group]
     on_device = group.get("capturable") or group.get("fused")  # where torch's Adam keeps its step then
-    return torch.zeros((), dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
+    return torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype), device=slot.holder.device if on_device else "cpu")
 
 
 def _zeros(slot: Slot, tensor: LogicalTensor, dtype: torch.dtype, *, local: bool, elementwise: bool) -> torch.Tensor:
@@ -439,11 +621,13 @@ def _moment_dtype(slot: Slot, tensor: LogicalTensor, same_dtype: set[str]) -> to
     return slot.holder.dtype if dtype.is_floating_point and slot.holder.dtype.is_floating_point else dtype
 
 
-def apply_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], scalars: Scalars) -> None:
+def apply_scalars(optimizer: torch.optim.Optimizer, slots: Iterable[Slot], scalars: Scalars, stored: States) -> None:
+    """Restore scalars by value. A count that was stored as a tensor is an int where the optimizer counts in ints."""
     for holder, shared in by_holder(slots):
-        for key, value in scalars.get(shared[0].piece.name, {}).items():
+        name = shared[0].piece.name
+        for key, value in scalars.get(name, {}).items():
             live = optimizer.state[holder].get(key)
             if isinstance(live, torch.Tensor):
                 local_of(live).fill_(value)
             else:
-                optimizer.state[holder][key] = int(value) if key == "step" else value
+                optimizer.state[holder][key] = int(value) if key == "step" and key in stored.get(name, {}) else value

@@ -6,6 +6,7 @@ from torch import nn
 
 from engine.errors import UsageError
 from engine.state.objects import PerRank
+from engine.state.optimizers import parts_of, split_member
 from engine.state.plain import PlainAdapter
 from engine.state.source import Adapter
 from engine.state.zero import ZeroAdapter
@@ -20,13 +21,13 @@ def is_plain_state(member: Any) -> bool:
 
 def adapter_for(name: str, member: Any) -> Adapter:
     """The adapter for what was given. Raises :class:`UsageError` for anything else."""
-    if hasattr(member, "zero_optimization_stage"):
-        return ZeroAdapter(member)
-    if isinstance(member, nn.Module):
-        return PlainAdapter(member)
-    if isinstance(member, tuple) and 1 <= len(member) <= 3 and isinstance(member[0], nn.Module):
-        return PlainAdapter(*member)
+    first, *rest = member if isinstance(member, tuple) and member else (member,)
+    if isinstance(first, nn.Module):
+        optimizers, schedulers = split_member(name, tuple(rest))
+        if hasattr(first, "zero_optimization_stage"):
+            return ZeroAdapter(first, optimizers, schedulers)
+        return PlainAdapter(first, parts_of(optimizers), schedulers)
     raise UsageError(
-        f"member '{name}' is a {type(member).__name__}; give a DeepSpeed engine, a module, a tuple (module, optimizer[, scheduler]), "
-        "or an object with state_dict and load_state_dict"
+        f"member '{name}' is a {type(member).__name__}; give a DeepSpeed engine, a module, a tuple (module, optimizer[, scheduler]) of one or "
+        "lists of several, or an object with state_dict and load_state_dict"
     )

@@ -1,6 +1,7 @@
 """Adapter for a module and a torch optimizer: one process, DDP, FSDP2 (any DTensor placement of Shard and Replicate)."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from engine.errors import UsageError
 from engine.format.layout import REPLICATED, Grid, Mesh, mesh_of
 from engine.state.names import Names, unwrap
+from engine.state.optimizers import Part
 from engine.state.source import Piece, Slot
 
 
@@ -54,7 +56,7 @@ def _with_parallel_slices(mesh: DeviceMesh) -> torch.Tensor:
         if not free.issuperset(positions):
             raise UsageError(f"a DTensor on {mesh} cannot be saved: its ranks are no regular slice of those of the mesh it was made from")
         free.difference_update(positions)
-        slices.append(torch.tensor([ranks[position] for position in positions]).view(mesh.mesh.shape))
+        slices.append(torch.tensor([ranks[position] for position in positions], device="cpu").view(mesh.mesh.shape))
     return slices[0] if len(slices) == 1 else torch.stack(slices)
 
 
@@ -83,25 +85,28 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PlainAdapter:
-    """``module`` may be wrapped in DDP or torch.compile; ``optimizer`` may be None (weights only, a frozen teacher)."""
+    """``module`` may be wrapped in DDP or torch.compile; without ``parts`` it has no optimizer (weights only, a frozen teacher)."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Any = None) -> None:
+    def __init__(self, module: nn.Module, parts: Sequence[Part] = (), schedulers: Sequence[Any] = ()) -> None:
         self.module = unwrap(module)
         self._sharded = [inner for inner in self.module.modules() if isinstance(inner, FSDPModule)]
-        self._reshard()
+        self.reshard()
         self.names = Names(self.module)
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.parts, self.schedulers = list(parts), list(schedulers)
         sharded = any(isinstance(p, DTensor) for p in self.names.parameters.values())
         self.engine = "fsdp2" if sharded else "ddp" if world_size() > 1 else "single"
 
     def slots(self) -> list[Slot]:
-        groups = self.optimizer.param_groups if self.optimizer else []
-        whole = replicated()
-        return [Slot(_piece(self.names.of(p), p, whole), p, i) for i, group in enumerate(groups) for p in group["params"]]
+        whole, of = replicated(), self.names.of
+        return [
+            Slot(_piece(of(p), p, whole), p, i, None, number)
+            for number, part in enumerate(self.parts)
+            for i, group in enumerate(part.optimizer.param_groups)
+            for p in group["params"]
+        ]
 
     def others(self) -> list[Piece]:
-        optimized = {id(p) for group in (self.optimizer.param_groups if self.optimizer else []) for p in group["params"]}
+        optimized = {id(p) for part in self.parts for group in part.optimizer.param_groups for p in group["params"]}
         whole = replicated()
         return [_piece(name, p, whole) for name, p in self.names.parameters.items() if id(p) not in optimized]
 
@@ -119,11 +124,11 @@ class PlainAdapter:
 
     def publish(self) -> None:
         """Parameters are their own masters; gathered copies of FSDP2's are dropped, and gradients of the replaced weights."""
-        self._reshard()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
+        self.reshard()
+        for part in self.parts:
+            part.optimizer.zero_grad()
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
         """After a forward without gradient FSDP2 leaves the root gathered: its parameters are then not the sharded ones."""
         for module in self._sharded:
             module.reshard()

@@ -8,6 +8,7 @@ from torch import nn
 
 from engine.format.layout import Layout
 from engine.state.names import Names
+from engine.state.optimizers import Part
 from engine.state.parts import Place
 
 
@@ -30,7 +31,8 @@ class Piece(Struct, frozen=True, gc=False):
 
 
 class Slot(Struct, frozen=True, gc=False):
-    """A parameter's place in an optimizer: ``optimizer.state[holder]`` is its state, in ``param_groups[group]``.
+    """A parameter's place in an optimizer, the adapter's number ``part``: ``optimizer.state[holder]`` is its state, in
+    ``param_groups[group]``.
 
     ``cut`` is its (offset, length) in a holder that several parameters share (ZeRO's flat buffers), None where the holder is
     the parameter's own. State tensors as long as the holder are cut alike and laid out like the parameter.
@@ -40,6 +42,7 @@ class Slot(Struct, frozen=True, gc=False):
     holder: torch.Tensor
     group: int
     cut: tuple[int, int] | None = None
+    part: int = 0
 
 
 class Adapter(Protocol):
@@ -49,8 +52,8 @@ class Adapter(Protocol):
     engine: str
     module: nn.Module
     names: Names
-    optimizer: torch.optim.Optimizer | None
-    scheduler: Any
+    parts: list[Part]
+    schedulers: list[Any]
 
     def slots(self) -> list[Slot]:
         """Every parameter that an optimizer group holds, also where this rank's share of it is empty."""
@@ -62,6 +65,10 @@ class Adapter(Protocol):
 
     def anchors(self) -> list[torch.Tensor]:
         """Live tensors, beside the module's parameters, that slots are views of: where one is replaced, slots are others."""
+        ...
+
+    def reshard(self) -> None:
+        """Bring the sharded parameters back where a forward has put whole ones in their place. Local."""
         ...
 
     def pending(self) -> str:

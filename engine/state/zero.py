@@ -4,34 +4,41 @@ The attributes read here are DeepSpeed's internals (0.19); ``Member`` compares e
 attach, so a release that lays them out differently is an error there and not a wrong checkpoint.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine.errors import LayoutError, UsageError
+from engine.errors import CheckpointCorrupt, LayoutError, UsageError
 from engine.format.layout import Flat, Mesh, mesh_of
 from engine.state.names import Names, unwrap
+from engine.state.optimizers import Part, parts_of, unwrap_scheduler
 from engine.state.plain import local_of, replicated
 from engine.state.source import Piece, Slot
+from engine.state.values import flatten, refuse, small_array, unflatten
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
 class ZeroAdapter:
-    """``engine`` is what ``deepspeed.initialize`` returned."""
+    """``engine`` is what ``deepspeed.initialize`` returned; ``schedulers`` are stepped by the loop, beside the engine's own."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, optimizers: Sequence[Any] = (), schedulers: Sequence[Any] = ()) -> None:
         self._engine = engine
+        _refuse_outside(engine, optimizers)
         self.module = unwrap(engine.module)
         self.names = Names(self.module)
-        self.scheduler = engine.lr_scheduler
+        own = [unwrap_scheduler(engine.lr_scheduler)] if engine.lr_scheduler is not None else []
+        self.schedulers = own + [scheduler for scheduler in schedulers if not any(scheduler is known for known in own)]
         self._wrapper = engine.optimizer
         stage = engine.zero_optimization_stage()
         self.engine = f"zero{stage}"
-        self.optimizer = _innermost(self._wrapper)
+        optimizer = _innermost(self._wrapper)
+        self.parts = parts_of([optimizer]) if optimizer is not None else []
+        _refuse_unknown(engine, stage, self._wrapper, self.parts)
         self._partition = _partition_of(stage, self._wrapper)(self._wrapper, self.names)
 
     def slots(self) -> list[Slot]:
@@ -44,6 +51,9 @@ class ZeroAdapter:
     def anchors(self) -> list[torch.Tensor]:
         return self._partition.anchors()
 
+    def reshard(self) -> None:
+        """ZeRO replaces no parameter object."""
+
     def pending(self) -> str:
         done, of = self._engine.micro_steps % self._engine.gradient_accumulation_steps(), self._engine.gradient_accumulation_steps()
         return f"gradient accumulation: {done} of {of} micro-batches are in" if done else ""
@@ -55,7 +65,22 @@ class ZeroAdapter:
         scaler = self._scaler()
         if _is_dynamic(scaler):
             found["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
+        for name, stateful in self._stateful():
+            found[name] = flatten(
+                stateful.state_dict(), name, lambda _, tensor: small_array(tensor), refuse(f"DeepSpeed's {type(stateful).__name__}")
+            )
         return found
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        """Return what DeepSpeed gives a state of its own: the scaler of ``torch_autocast`` in fp16, the schedule of random layer-token drop,
+        and the sampler of curriculum learning."""
+        sampler = getattr(getattr(self._engine, "training_dataloader", None), "data_sampler", None)
+        found = [
+            ("torch_autocast_scaler", getattr(self._wrapper, "torch_autocast_gradscaler", None)),
+            ("random_ltd", getattr(self._engine, "random_ltd_scheduler", None)),
+            ("data_sampler", sampler if type(sampler).__name__ == "DeepSpeedDataSampler" else None),
+        ]
+        return [(name, stateful) for name, stateful in found if stateful is not None]
 
     def _scaler(self) -> Any:
         """Stages 1 to 3 keep it in ``loss_scaler``, stage 0's wrappers in ``loss_scale_config``."""
@@ -72,10 +97,42 @@ class ZeroAdapter:
         if _is_dynamic(scaler):  # a static scale, and that of another precision, is configuration
             for name, value in counters.get("loss_scaler", {}).items():
                 setattr(scaler, name, value)
+        for name, stateful in self._stateful():
+            if counters.get(name):
+                stateful.load_state_dict(unflatten(counters[name], _no_tensor))
 
     @torch.no_grad()
     def publish(self) -> None:
         self._partition.publish()
+
+
+def _refuse_outside(engine: Any, optimizers: Sequence[Any]) -> None:
+    """Raise :class:`UsageError` for an optimizer beside DeepSpeed's that is not a wrapper of it, as Accelerate's is."""
+    for optimizer in optimizers:
+        if optimizer is not engine.optimizer and getattr(optimizer, "optimizer", None) is not engine.optimizer:
+            raise UsageError(f"a {type(optimizer).__name__} beside a DeepSpeed engine, which has an optimizer of its own; give the engine alone")
+
+
+def _no_tensor(reference: Any) -> Any:
+    raise CheckpointCorrupt(f"DeepSpeed's counters refer to a tensor {reference.name}, which none of them has")
+
+
+def _refuse_unknown(engine: Any, stage: int, wrapper: Any, parts: list[Part]) -> None:
+    """Raise :class:`UsageError` for state of DeepSpeed's that this version does not know how to save."""
+    if getattr(wrapper, "backup_optimizer", None) is not None:
+        raise UsageError(
+            "DeepSpeed's Twin-Flow (offload_optimizer with a ratio below 1) keeps moments in a second optimizer, which this version cannot "
+            "save. Set the ratio to 1.0"
+        )
+    for part in parts:
+        kind = type(part.optimizer).__name__
+        if stage in (1, 2) and "muon" in kind.lower() and any(getattr(p, "use_muon", False) for p in engine.module.parameters()):
+            raise UsageError(
+                f"{kind} at ZeRO stage {stage} keeps the momentum of whole parameters, not aligned to the ranks' partitions, so it cannot be "
+                "resharded. Use ZeRO stage 3, or torch.optim.Muon under FSDP2 or DDP"
+            )
+        if any(word in kind for word in ("Onebit", "ZeroOne")):
+            raise UsageError(f"{kind} keeps an error of compression per rank, which this version cannot save. Use AdamW or Lamb")
 
 
 def _is_dynamic(scaler: Any) -> bool:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _MORE, _DONE, _FAILED = 0, 1, 2
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 _Inner = tuple[tuple[int, ...], tuple[int, ...]]
 _Parcels = list[list[torch.Tensor]]
@@ -213,13 +213,16 @@ class _Channel:
 
     def announce(self, parcels: _Parcels, status: int) -> tuple[list[int], list[int]]:
         """Tell every rank how much it will be sent; returns how much each will send here, and their statuses."""
-        mine, others = torch.tensor([[size, status] for size in _sizes(parcels)]), torch.empty((self._world_size, 2), dtype=torch.int64)
+        mine, others = (
+            torch.tensor([[size, status] for size in _sizes(parcels)], device="cpu"),
+            torch.empty((self._world_size, 2), dtype=torch.int64, device="cpu"),
+        )
         self.told(lambda: dist.all_to_all_single(others, mine, group=self._group))
         return others[:, 0].tolist(), others[:, 1].tolist()
 
     def send(self, parcels: _Parcels, sizes: list[int]) -> "_Arriving":
         """``sizes``: of the parcels that arrive."""
-        sent, received = torch.cat([_NOTHING, *chain.from_iterable(parcels)]), torch.empty(sum(sizes), dtype=torch.uint8)
+        sent, received = torch.cat([_NOTHING, *chain.from_iterable(parcels)]), torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         work = self.told(lambda: dist.all_to_all_single(received, sent, sizes, _sizes(parcels), group=self._group, async_op=True))
         return _Arriving(self, work, sent, received, sizes)
 

@@ -100,12 +100,12 @@ class Asked(Need, frozen=True, gc=False):
 def fill(reads: Reads) -> int:
     """Read here all that is needed here; returns the bytes read. Raises :class:`CheckpointCorrupt` naming file, tensor and writing
     rank."""
-    buffer = read_buffer() if reads.by_file else torch.empty(0, dtype=torch.uint8)
+    buffer = read_buffer() if reads.by_file else torch.empty(0, dtype=torch.uint8, device="cpu")
     return sum(FileReader(reads, file, buffer).fill(needs) for file, needs in sorted(reads.by_file.items()))
 
 
 def read_buffer() -> torch.Tensor:
-    return torch.empty(RUN_BYTES, dtype=torch.uint8)
+    return torch.empty(RUN_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _fits(inner: Box, sizes: tuple[int, ...]) -> bool:
@@ -264,7 +264,7 @@ class FileReader:
         for position, box, overlap in overlaps(piece, need):
             found = part(flat[position : position + box.numel].view(*box.sizes, width), box, overlap)
             parts.append(found.reshape(-1))
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def _views(self, dtype: str, chunks: list[tuple[int, Need]]) -> list[torch.Tensor]:
         """The chunks' elements in the buffer: one split where they lie without gaps, which they nearly always do."""

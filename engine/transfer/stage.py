@@ -65,7 +65,7 @@ class LiveImages:
 
     def _own_window(self) -> torch.Tensor:
         """The one that was used before the last: that one may still be in writing."""
-        self._windows.append(self._windows.pop(0) if len(self._windows) == 2 else torch.empty(WINDOW_BYTES, dtype=torch.uint8))
+        self._windows.append(self._windows.pop(0) if len(self._windows) == 2 else torch.empty(WINDOW_BYTES, dtype=torch.uint8, device="cpu"))
         return self._windows[-1]
 
 

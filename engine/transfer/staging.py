@@ -156,7 +156,7 @@ class Copies:
                 pairs = [(entry, views[item], entry.name in late) for entry, item in group]
                 end = at + sum(entry.nbytes for entry, *_ in pairs)
                 kind = torch_dtype(dtype)
-                target = image.memory[start + at : start + end].view(kind) if end > at else torch.empty(0, dtype=kind)
+                target = image.memory[start + at : start + end].view(kind) if end > at else torch.empty(0, dtype=kind, device="cpu")
                 self._take(target, [(view, is_late) for _, view, is_late in pairs])
                 at = end
 
