@@ -261,7 +261,7 @@ def test_parameters_that_are_others_than_at_the_start(tmp_path, how):
         del module[0].weight
     else:
         module[0] = nn.Linear(module[0].in_features, module[0].out_features)
-    with pytest.raises(UsageError, match=rf"the module's parameters are others than when the Checkpointer was made: {name}"):
+    with pytest.raises(UsageError, match=rf"the module's parameters changed since the Checkpointer was made: {name}"):
         checkpointer.save(Progress(step=2))
     assert sorted(path for path in os.listdir(tmp_path) if "step_" in path) == ["step_00000001"]
 

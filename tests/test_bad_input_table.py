@@ -111,6 +111,49 @@ def _replaced(run):
     return jobs.told(lambda: checkpointer.save(Progress(step=2)))
 
 
+class Projected(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["projector"] = object()
+
+
+def _odd_state(run):
+    module = tiny.make(1)[0]
+    return jobs.told(lambda: Checkpointer(run, tiny.train_with(module, Projected(module.parameters(), lr=0.1))))
+
+
+class Average:
+    """Forgets its decay when it is loaded."""
+
+    def __init__(self, decay):
+        self.decay = decay
+
+    def state_dict(self):
+        return {"decay": self.decay}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def _not_back(run):
+    Checkpointer(run, tiny.make(0), ema=Average(0.9)).save(Progress(step=2))
+    return jobs.told(lambda: Checkpointer(run, tiny.make(1), ema=Average(0.5)).resume())
+
+
+def _scaler(run):
+    def scaler(enabled):
+        return torch.amp.GradScaler("cpu", enabled=enabled)
+
+    Checkpointer(run, tiny.make(0), scaler=scaler(False)).save(Progress(step=2))
+    return jobs.told(lambda: Checkpointer(run, tiny.make(1), scaler=scaler(True)).resume())
+
+
+def _meta(run):
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 3))
+    return jobs.told(lambda: Checkpointer(run, module))
+
+
 def _no_monitor(run):
     return jobs.told(lambda: Checkpointer(run, tiny.make(0), monitor="val_loss").save(Progress(step=2), metrics={"loss": 1.0}))
 
@@ -142,6 +185,10 @@ ALONE = {
     "another data set or seed": _other_data,
     "a save after a load that failed": _half_loaded,
     "parameters replaced after the start": _replaced,
+    "state that no checkpoint holds": _odd_state,
+    "state that did not come back": _not_back,
+    "a grad scaler that was disabled": _scaler,
+    "a model on the meta device": _meta,
     "the monitored metric is not given": _no_monitor,
     "more frozen rows than there are": lambda run: jobs.told(lambda: convert(rows.Whole(0), {"embed": 24})),
     "an optimizer older than the conversion": _stale,

@@ -35,7 +35,7 @@ def test_overridden_hyper_parameters_win_and_every_difference_is_told(tmp_path, 
     assert here[1].param_groups[0]["lr"] == 5e-4
     assert here[1].param_groups[0]["weight_decay"] == 0.01
     assert torch.equal(here[1].state[here[0][0].weight]["exp_avg"], saved[1].state[saved[0][0].weight]["exp_avg"]), "moments are kept"
-    assert "the model: param group 0: lr is 0.0005 here and 0.01 in the checkpoint; this run's is used" in caplog.text
+    assert "the model: AdamW, param group 0: lr is 0.0005 here and 0.01 in the checkpoint; this run's is used" in caplog.text
     assert "weight_decay is 0.2 here and 0.01 in the checkpoint; the checkpoint's is used (override=('weight_decay',)" in caplog.text
 
 

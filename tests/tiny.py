@@ -26,6 +26,13 @@ def make(seed=0, width=3, **changes):
     return module, optimizer
 
 
+def train_with(module, optimizer):
+    """The pair after one step."""
+    module(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    return module, optimizer
+
+
 def save(run, step=1, seed=0, **changes) -> Path:
     with_step = Checkpointer(run, make(seed, **changes))
     return Path(with_step.save(Progress(epoch=step, step=step, samples=8 * step)))

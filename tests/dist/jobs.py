@@ -129,7 +129,7 @@ def hyper_parameters_after_resume(engine: str, run: str) -> dict[str, list[float
     with trained(engine, 1) as made:
         checkpointer = Checkpointer(run, made.member)
         checkpointer.resume("latest")
-        optimizer = next(iter(checkpointer._members.models.values())).adapter.optimizer
+        optimizer = next(iter(checkpointer._members.models.values())).adapter.parts[0].optimizer
         assert optimizer is not None
         return {key: [group[key] for group in optimizer.param_groups] for key in ("lr", "weight_decay", "betas")}
 

@@ -185,7 +185,7 @@ def test_changed_flags_take_effect_and_are_reported(finished, resume, tmp_path):
         "config: num_epochs is 3, was 2",
     }
     for name in ("generator", "critic"):
-        assert f"{name}: param group 0: lr is 0.5 here and 0.0001 in the checkpoint; this run's is used" in ended.lines
+        assert f"{name}: AdamW, param group 0: lr is 0.5 here and 0.0001 in the checkpoint; this run's is used" in ended.lines
     assert "largest difference of any restored tensor: 0.0" in ended.lines, "moments too"
     assert ended.losses[0] == losses(lines)[4]  # computed before the first update
     assert ended.losses[1] != losses(lines)[5]
