@@ -74,7 +74,7 @@ def figures(rows: list[Row]) -> dict[str, float]:
 
 def measure(quick: bool, seeds: int | None = None, first: int = 0, without: str = "") -> Result:
     began = time.perf_counter()
-    rows = run_seeds(first, seeds or (QUICK_SEEDS if quick else SEEDS), without=[name.strip() for name in without.split(",")])
+    rows = run_seeds(first, seeds or (QUICK_SEEDS if quick else SEEDS), without=[name.strip() for name in without.split(",") if name])
     return rows, figures(rows) | {"seconds": time.perf_counter() - began}
 
 

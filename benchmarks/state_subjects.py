@@ -255,7 +255,7 @@ _ASCENT = ("SAM", "LookSAM", "FriendlySAM")
 
 def _around(name: str) -> Callable[[nn.Module], Any]:
     def make(module: nn.Module) -> Any:
-        import pytorch_optimizer
+        pytorch_optimizer = importlib.import_module("pytorch_optimizer")
 
         kwargs = {"k": 2} if name == "Lookahead" else {}
         base = torch.optim.AdamW(module.parameters()) if name == "SafeFP16Optimizer" else _adamw(module)
@@ -265,13 +265,13 @@ def _around(name: str) -> Callable[[nn.Module], Any]:
 
 
 def _wsam(module: nn.Module) -> Any:
-    import pytorch_optimizer
+    pytorch_optimizer = importlib.import_module("pytorch_optimizer")
 
     return pytorch_optimizer.WSAM(module, _groups(module), torch.optim.AdamW, lr=0.01)
 
 
 def _make_gsam(module: nn.Module) -> Any:
-    import pytorch_optimizer
+    pytorch_optimizer = importlib.import_module("pytorch_optimizer")
 
     base = _adamw(module)
     rate = torch.optim.lr_scheduler.StepLR(base, 2)

@@ -8,6 +8,8 @@ that they do not depend on the engine. Outcomes:
 - ``exact``: so it is.
 - ``refused_at_attach``: the Checkpointer, the first step under it or the first save raises.
 - ``refused_later``: the resume raises.
+- ``reported``: all that the object lists is back, but it does not list all that it trains with, so that its own ``state_dict``
+  does not resume it either; the save reported what it left out.
 - ``wrong``: the resume returns, but state or losses differ.
 - ``untrainable``: it does not train here without the engine either. It is not counted as tried.
 
@@ -20,6 +22,8 @@ The environment variable STATE_ZOO_ONLY, a regular expression of ``family/subjec
 import collections
 import contextlib
 import enum
+import logging
+import logging.handlers
 import multiprocessing
 import os
 import pickle
@@ -45,7 +49,7 @@ STEPS = 3
 LIMIT_SECONDS = 60.0
 AT_ONCE = 2
 _TOO_LONG = "it takes too long"
-OUTCOMES = ("exact", "refused_at_attach", "refused_later", "wrong")
+OUTCOMES = ("exact", "refused_at_attach", "refused_later", "reported", "wrong")
 
 # ------------------------------------------------------------------------------------------------------------------- state as plain values
 
@@ -198,6 +202,8 @@ def save(name: str, folder: str) -> Row:
     """Under the engine, up to and past a save."""
     stage = "attach"
     rig = _build(name, 1)
+    log = logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)
+    logging.getLogger("engine").addHandler(log)
     try:
         checkpointer = Checkpointer(f"{folder}/run", rig.model, max_in_flight=0, **rig.members)
         stage = "train"
@@ -211,7 +217,8 @@ def save(name: str, folder: str) -> Row:
     torch.save(reference, f"{folder}/oracle.pt")
     with open(f"{folder}/attributes.pkl", "wb") as file:
         pickle.dump(kept, file)
-    return {"reference": reference, "losses": _train(rig, STEPS), "final": states(rig)}
+    left_out = [one.getMessage() for one in log.buffer if one.getMessage().startswith("not saved, since")]
+    return {"reference": reference, "losses": _train(rig, STEPS), "final": states(rig), "left_out": left_out}
 
 
 def resume(name: str, folder: str) -> Row:
@@ -378,10 +385,11 @@ def _judge(processes: _Processes, name: str, folder: str, until: float) -> Row:
         return {**row, "outcome": "refused_later", "reason": resumed["error"], "worded": resumed.get("worded", False)}
     row["lost_attributes"] = "; ".join(line for line in resumed.get("lost", []) if _is_counted(line, first["anatomy"]))
     wrong = _wrong(resumed, saved)
+    is_reported = bool(saved["left_out"]) and bool(row["own_state_dict_wrong"]) and not resumed.get("state")
     return {
         **row,
-        "outcome": "wrong" if wrong else "exact",
-        "reason": wrong[0] if wrong else "",
+        "outcome": "exact" if not wrong else "reported" if is_reported else "wrong",
+        "reason": "" if not wrong else saved["left_out"][0] if is_reported else wrong[0],
         "differences": wrong[:40],
         "causes": _causes(wrong),
     }

@@ -48,6 +48,8 @@ TARGETS: dict[str, dict[str, str]] = {
         "S_whole_speedup_over_peft": ">= 1.5",
     },
     "matrix": {"cells_failed": "<= 0", "cells_unexpected": "<= 0"},
+    "state_zoo": {"wrong": "<= 0", "refused_later": "<= 0", "exact_share": ">= 0.95"},
+    "state_fuzz": {"different": "<= 0", "crashed": "<= 0"},
 }
 """By benchmark and figure. All other figures are only reported."""
 

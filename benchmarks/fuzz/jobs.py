@@ -180,7 +180,9 @@ class _Watched:
             found = self.program.step(self.progress.step)
         except EngineError as e:  # state that has just come to be is refused at once
             message = f"{type(e).__name__}: {e}"
-            is_early = not self.touched and _is_meant(e) and self._names_something(message, gather(self.program))
+            is_early = not self.touched and _is_meant(e)
+            with contextlib.suppress(IndexError, KeyError):  # DeepSpeed's groups are in pieces inside its step
+                is_early = is_early and self._names_something(message, gather(self.program))
             raise _Ended(Shown("refused" if is_early else "different", f"training, {self.where}", message)) from e
         self.progress.advance(SAMPLES_A_STEP)
         for step in self.waiting:

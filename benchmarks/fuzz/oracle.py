@@ -128,7 +128,8 @@ def _gather_optimizer(label: str, optimizer: Any, names: dict[int, str], flats: 
         further: dict[str, Any] = {}
     else:
         plain = optimizer.state_dict()
-        groups = [[names[id(p)] for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+        # DeepSpeed's groups do not hold what has no elements
+        groups = [[names[id(p)] for p in group["params"] if p.requires_grad and p.numel()] for group in optimizer.param_groups]
         by_index: dict[Any, tuple[str, Any]] = {}
         for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
             by_index |= {index: (names[id(p)], p) for index, p in zip(packed["params"], group["params"], strict=True)}

@@ -39,7 +39,8 @@ class Program:
         if side.engine.startswith("zero"):
             self._zero()
         elif side.engine == "ddp":
-            self.forward = nn.parallel.DistributedDataParallel(self.module, find_unused_parameters=True, init_sync=False, broadcast_buffers=False)
+            unused = any(node.kind == "unused" for node in case.tree.walk())
+            self.forward = nn.parallel.DistributedDataParallel(self.module, find_unused_parameters=unused, init_sync=False, broadcast_buffers=False)
         self.members: dict[str, Any] = {}
         self.model = self._model()
         if case.named:
