@@ -96,7 +96,8 @@ class Names:
     def loads_itself(self, name: str) -> bool:
         """Return whether a buffer's module has its own way to load: observers take buffers of any shape."""
         owner = self._module.get_submodule(self.buffers[name].rpartition(".")[0])
-        return type(owner)._load_from_state_dict is not nn.Module._load_from_state_dict
+        kind = type(owner)  # those of torch.nn only translate older versions
+        return kind._load_from_state_dict is not nn.Module._load_from_state_dict and not kind.__module__.startswith("torch.nn.")
 
     def set_buffer(self, name: str, value: torch.Tensor | None) -> None:
         """Put a tensor in the place of a buffer, or None; under all names that share it."""
