@@ -36,7 +36,8 @@ def save_source(engine: str, kind: dict[str, Any], run: str) -> dict[str, Any]:
         except EngineError as e:
             return {"refused": f"save: {type(e).__name__}: {e}"}
         numbers = trained.numbers()
-        assert kind["dtype"] != "fp16" or numbers.get("skipped_steps", 2) == 2, "two steps overflow before the save"
+        skipped = numbers.get("skipped_steps", 2)
+        assert kind["dtype"] != "fp16" or skipped == 2, f"{skipped} steps overflowed before the save, and 2 should"
         whole = trained.whole_parameters()
         if dist.get_rank() == 0:
             torch.save({"whole": whole, "numbers": numbers}, os.path.join(run, "expected.pt"))
