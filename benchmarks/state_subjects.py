@@ -711,7 +711,7 @@ def _timm_averages() -> Subjects:
 
 
 def _metric_arguments() -> Iterator[dict[str, Any]]:
-    import torchmetrics
+    torchmetrics = importlib.import_module("torchmetrics")
 
     squared = torchmetrics.MeanSquaredError
     yield {}
