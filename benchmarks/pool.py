@@ -94,6 +94,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: str, name: str)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR=os.path.basename(folder), MASTER_PORT="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     use_own_tools()
+    vars(mp.current_process())["_config"]["daemon"] = False  # a job may have workers of its own, a DataLoader's
     import torch
     import torch.distributed as dist
 

@@ -302,6 +302,7 @@ class Checkpointer:
         if self._ranks.rank == 0 and self._count < _LOOKS:
             self._members.report_unlisted()
         plain = self._history.take_in(progress, metrics)
+        self._members.note_saved(progress)
         shards, stepped = self._members.capture()
         plan = self._plan_of(shards)
         models, objects, own = self._members.records()
@@ -386,7 +387,9 @@ class Checkpointer:
         self.wait()
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
-            return Progress()
+            progress = Progress()
+            self._members.follow(progress)
+            return progress
         with _collector_paused():
             progress = self._resume_soundest(found[0], found[1], what, corrupt, (allow, override, verify))
         self._collect()
@@ -484,6 +487,7 @@ class Checkpointer:
     def _go_on(self, load: Loading, root: str, folder: str) -> None:
         """The last of a resume: the line of training and the history that saves go on, then random state."""
         self._history.adopt(load.progress)
+        self._members.follow(load.progress, load.restored)
         if self._ranks.rank == 0:
             own_run = os.path.realpath(root) == os.path.realpath(self._storage.root)
             self._lineage = catalog.lineage_after(self._storage, folder if own_run else None, _line_name())

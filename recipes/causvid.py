@@ -210,7 +210,7 @@ def train(args: argparse.Namespace, begin: Start, world: World, journal: Journal
     captions = Captions(lines, config.text_tokens, config.text_dim, args.dataset_repeat)
     global_batch = args.batch_size * world.size
     # With whole epochs, so that a batch size or a number of ranks that changes on resume does not change their length.
-    sampler = ElasticSampler(captions, global_batch_size=global_batch, seed=args.seed, drop_last=False)
+    sampler = ElasticSampler(captions, global_batch_size=global_batch, seed=args.seed, drop_last=False, empty="repeat")
 
     networks = make_networks(args, config, world, journal, fresh=begin.step is None)
     generator, critic = (put_under_engine(networks[name], args, world) for name in ("generator", "critic"))
@@ -229,6 +229,7 @@ def train(args: argparse.Namespace, begin: Start, world: World, journal: Journal
         monitor=MONITOR,
     )
     progress = Progress()
+    sampler.follow(progress)
     if begin.step:
         with start.telling_what_is_there(begin.step.parent, journal.line):
             progress = ckpt.resume(str(begin.step), corrupt="error", override=("lr",))  # the command line's wins
@@ -239,13 +240,11 @@ def train(args: argparse.Namespace, begin: Start, world: World, journal: Journal
     no_text_BLE = captions.embed("").expand(args.batch_size, -1, -1).to(world.device)
     losses = {name: torch.tensor(progress.metrics.get(name, 0.0), dtype=torch.float64) for name in ("generator_loss", "critic_loss")}
     critic_total, saved_at = torch.zeros((), dtype=torch.float64, device=world.device), progress.step
-    # A loader without a generator of its own draws from the global one, at moments that a resume does not repeat.
-    loader = DataLoader(captions, batch_sampler=sampler, collate_fn=collate, generator=torch.Generator())
+    loader = DataLoader(captions, batch_sampler=sampler, collate_fn=collate)
     while progress.epoch < args.num_epochs:
         for batch_BLE in loader:
-            samples = min(global_batch, len(captions) - progress.samples % len(captions))
-            share = len(batch_BLE) * world.size / samples  # 1, but for the last and shorter batch of an epoch
-            text_BLE = batch_BLE.to(world.device) if share else no_text_BLE[:1]
+            share = sampler.weight  # 1, but for the last and shorter batch of an epoch
+            text_BLE = batch_BLE.to(world.device)
 
             if progress.step % args.dfake_gen_update_ratio == 0:
                 x_gen = student_video(generator, text_BLE, config, flow)
@@ -262,13 +261,13 @@ def train(args: argparse.Namespace, begin: Start, world: World, journal: Journal
             losses["critic_loss"] = loss.detach()
             critic_total += loss.detach()
 
-            progress.advance(samples)
-            progress.epoch = progress.samples // len(captions)
+            progress.advance()
+            progress.epoch, offset = sampler.locate(progress.samples)
             journal.at(progress.step)
             if (progress.step - 1) % args.log_iters == 0:
                 epoch = -(-progress.samples // len(captions))
                 journal.losses(epoch=epoch, step=progress.step, **world.mean(losses))
-            if save_is_due(args, progress, ends_epoch=progress.samples % len(captions) == 0):
+            if save_is_due(args, progress, ends_epoch=offset == 0):
                 ckpt.save(progress, metrics=world.mean({**losses, MONITOR: critic_total / (progress.step - saved_at)}))
                 critic_total, saved_at = torch.zeros_like(critic_total), progress.step
     ckpt.close()

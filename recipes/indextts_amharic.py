@@ -195,7 +195,7 @@ def train(args: argparse.Namespace, begin: Start, what: str, world: World, journ
     world.ranks.gather("read the manifests", lambda: read.extend(Pairs(path, config) for path in (args.train_manifest, args.val_manifest)))
     pairs, held_out = read
     global_batch = args.batch_size * args.grad_accumulation * world.size
-    sampler = ElasticSampler(pairs, global_batch_size=global_batch, seed=args.seed, drop_last=False)
+    sampler = ElasticSampler(pairs, global_batch_size=global_batch, seed=args.seed, drop_last=False, empty="yield")
     network = make_network(args, world, journal, fresh=begin.step is None)
     model = put_under_engine(network, args, world, steps=args.epochs * -(-len(pairs) // global_batch))
     recent = RecentCheckpoints(args.keep_checkpoints)
@@ -211,6 +211,7 @@ def train(args: argparse.Namespace, begin: Start, what: str, world: World, journ
         **members,
     )
     progress = resume(ckpt, begin, what, journal) if begin.step else Progress()
+    sampler.follow(progress)
     if begin.step:
         epoch, offset = sampler.locate(progress.samples)
         journal.line(f"[Info] ✅ Successfully resumed from {begin.step}")
@@ -219,12 +220,13 @@ def train(args: argparse.Namespace, begin: Start, what: str, world: World, journ
         if args.check_resume:
             journal.line(f"largest difference of any restored tensor: {ckpt.max_difference()}")
     world.ranks.first("open the run's folder", lambda: open_run(args, progress, len(pairs), global_batch, journal))
-    loader = DataLoader(pairs, batch_sampler=sampler, collate_fn=list, generator=torch.Generator())
+    loader = DataLoader(pairs, batch_sampler=sampler, collate_fn=list)
     while progress.epoch < args.epochs:
         for samples in loader:
             losses = train_step(model, micro_batches(pairs, samples, args), args, world)
-            progress.advance(min(global_batch, len(pairs) - progress.samples % len(pairs)))
-            progress.epoch, ends = progress.samples // len(pairs), progress.samples % len(pairs) == 0
+            progress.advance()
+            progress.epoch, offset = sampler.locate(progress.samples)
+            ends = offset == 0
             journal.at(progress.step)
             if progress.step % args.log_interval == 0 or ends:
                 text, mel = summed(losses, world).tolist()

@@ -17,7 +17,7 @@ from tests.now import Checkpointer
 
 
 def _samplers(length, batch, world, **options):
-    return [ElasticSampler(range(length), batch, rank=rank, world_size=world, **options) for rank in range(world)]
+    return [ElasticSampler(range(length), batch, rank=rank, world_size=world, empty="yield", **options) for rank in range(world)]
 
 
 def _global_batches(samplers):

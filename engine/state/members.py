@@ -1,6 +1,6 @@
 """All members of one checkpointer: models and other objects, as the shards, targets and records of the two pipelines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from engine.state.carried import meshes_of, of_rank
 from engine.state.member import Captured, Member, Targets
 from engine.state.objects import ObjectMember
 from engine.state.pick import adapter_for, is_plain_state
+from engine.state.progress import Progress
 from engine.state.shard import Shard
 
 _RESERVED = ("optim", "buffers", "extra")  # the first word of tensors' names where a job has one model
@@ -125,6 +126,20 @@ class Members:
         shared = {name: self._captured[name] for name, member in self.objects.items() if not member.per_rank}
         own = {name: self._captured[name] for name, member in self.objects.items() if member.per_rank}
         return models, shared, own
+
+    def follow(self, progress: Progress, restored: Collection[str] = ()) -> None:
+        """Let samplers follow a progress that training goes on from; those that are not ``restored`` begin there."""
+        for name, member in self.objects.items():
+            if hasattr(member.target, "follow"):
+                if name not in restored:
+                    member.target.restart(progress.samples)
+                member.target.follow(progress)
+
+    def note_saved(self, progress: Progress) -> None:
+        """Let samplers check the position that is saved."""
+        for member in self.objects.values():
+            if hasattr(member.target, "note_saved"):
+                member.target.note_saved(progress)
 
     def report_unlisted(self) -> None:
         for member in self.models.values():

@@ -3,9 +3,10 @@
 import math
 import operator
 import random
+import weakref
 from array import array
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import numpy as np
@@ -23,7 +24,14 @@ class Best(msgspec.Struct):
     epoch: int
 
 
-class Progress(msgspec.Struct):
+class Follower(Protocol):
+    """A sampler whose position in the data is ``progress.samples``."""
+
+    def batch(self, samples: int) -> int: ...
+    def check(self, samples: int, step: int) -> None: ...
+
+
+class Progress(msgspec.Struct, dict=True):
     """``epoch``: completed epochs; ``step``: optimizer steps done; ``samples``: global samples consumed, over all epochs.
 
     A save keeps the rest: ``metrics``, the latest value of each; ``history``, an entry for each save that was given metrics, with
@@ -42,10 +50,46 @@ class Progress(msgspec.Struct):
     stale: int = 0
     wandb_run_id: str = ""
 
-    def advance(self, samples: int) -> None:
-        """One optimizer step is done; all ranks together consumed ``samples`` for it."""
+    def advance(self, samples: int | None = None, *, batches: int = 1) -> None:
+        """Count one optimizer step, for which all ranks together consumed ``samples``, by default a global batch.
+
+        The sampler that is a member of the :class:`~engine.Checkpointer` whose ``resume`` returned this knows how many samples that
+        is, for a short last batch too. ``batches``: how many global batches the step took, where it accumulates over several.
+
+        Raises :class:`UsageError`, and counts nothing, where the sampler has no such position, or there is none to ask.
+        """
+        followers = self._followers()
+        if samples is None:
+            reached = {self._after(follower, batches) for follower in followers}
+            if len(reached) != 1:
+                known = "samplers have batches of different size" if reached else "no sampler follows this progress"
+                raise UsageError(
+                    f"advance() without samples: {known}. Give samples=, the number of samples that all ranks consumed together"
+                    + ("" if reached else ", or make an ElasticSampler a member of the Checkpointer and use the progress that resume returns")
+                )
+            after = reached.pop()
+        else:
+            after = self.samples + operator.index(samples)
+        for follower in followers:
+            follower.check(after, self.step + 1)
         self.step += 1
-        self.samples += samples
+        self.samples = after
+
+    def _after(self, follower: Follower, batches: int) -> int:
+        samples = self.samples
+        for _ in range(operator.index(batches)):
+            samples += follower.batch(samples)
+        return samples
+
+    def add_follower(self, follower: Follower) -> None:
+        """Ask ``follower``, too, what a step consumes. Held weakly."""
+        self.__dict__.setdefault("_following", weakref.WeakSet()).add(follower)
+
+    def remove_follower(self, follower: Follower) -> None:
+        self.__dict__.get("_following", weakref.WeakSet()).discard(follower)
+
+    def _followers(self) -> list[Follower]:
+        return list(self.__dict__.get("_following", ()))
 
     def take(self, other: "Progress") -> None:
         """Become ``other``, in place."""
