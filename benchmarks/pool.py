@@ -25,7 +25,8 @@ class Pool:
     """``world_size`` processes. A job is an importable function; it runs on every rank at once with the same arguments.
 
     A job that fails leaves the pool usable if every rank failed or ended; one that runs over its time has its processes killed.
-    What a job does to ``F.linear`` and to the number of threads ends with it: the next one computes as in a new process.
+    What a job does to the process for good (``F.linear``, the number of threads, DeepSpeed's flag of ``torch_autocast``) ends with it:
+    the next one computes as in a new process.
     """
 
     def __init__(self, world_size: int, timeout_seconds: float = 120.0) -> None:
@@ -107,6 +108,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: str, name: str)
             # good, by one that adds the bias last: on some processors its last bits differ.
             torch.nn.functional.linear = linear
             torch.set_num_threads(1)
+            if autocast := sys.modules.get("deepspeed.runtime.torch_autocast"):  # set by one engine, it changes how all later ones round
+                vars(autocast).update(TORCH_AUTOCAST_INITIALIZED=False, TORCH_AUTOCAST_DTYPE=None)
             try:
                 answer = (True, job(*args, **kwargs))
             except BaseException:  # noqa: BLE001 - told to the parent with its traceback

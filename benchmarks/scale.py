@@ -149,7 +149,7 @@ class Others:
         self._ranks = [Ranks(rank, world, store) for rank in range(1, world)]
 
     def report(self, what: str, value: Any) -> list[str]:
-        return [rank._report(what, _Report(value)) for rank in self._ranks]
+        return [rank._report(what, _Report(what, value)) for rank in self._ranks]
 
     def conclude(self, what: str, prefixes: list[str]) -> None:
         for rank, prefix in zip(self._ranks, prefixes, strict=True):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 import torch
 
-from engine import catalog, dcp
+from engine import catalog, dcp, numerics
 from engine.catalog import Retention
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
 from engine.events import sink_of
@@ -24,6 +26,7 @@ from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, new_holder, step_name
 from engine.format.record import encode_packed, encode_record, pack_record
 from engine.loading import Loading
+from engine.options import mapping, not_plain, one_of, seconds, whole, words
 from engine.plan.image import ShardLayout
 from engine.plan.match import Allow
 from engine.planning import GlobalPlan, Plans
@@ -32,20 +35,20 @@ from engine.saving import OnFailure, Save, Saves, watch_steps
 from engine.state.members import Members
 from engine.state.progress import History, Monitor, Progress, capture_rng, derive_rng, restore_rng
 from engine.state.shard import Shard
-from engine.storage import LocalStorage
+from engine.storage import LocalStorage, Mark
 from engine.surroundings import in_neutral_surroundings
-from engine.sync import current_ranks
-from engine.transfer import process, replicas
+from engine.sync import current_ranks, world_size
+from engine.transfer import process
 from engine.transfer.compare import differences
 from engine.transfer.exchange import process_group
 from engine.transfer.process import Settings
-from engine.transfer.replicas import Comparison, Digests
+from engine.transfer.replicas import Comparison, Digests, Replicas
 from engine.transfer.runfile import write_run_file
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
 
-Missing = Literal["error", "warn", "fresh"]
+Missing = Literal["error", "fresh"]
 Corrupt = Literal["error", "previous"]
 Names = Literal["tolerate", "refuse"]
 
@@ -123,7 +126,7 @@ class Checkpointer:
         keep_best: int | None = None,
         monitor: str | None = None,
         mode: str = "min",
-        replicas: replicas.Replicas = "sample",
+        replicas: Replicas = "sample",
         names: Names = "tolerate",
         max_in_flight: int = 2,
         on_failure: OnFailure = "raise",
@@ -131,21 +134,37 @@ class Checkpointer:
         timeout_seconds: float = 600.0,
         **members: Any,
     ) -> None:
+        for name, member in members.items():
+            not_plain(name, member, _OPTIONS)
+        for name, word, choices in (("replicas", replicas, Replicas), ("names", names, Names), ("on_failure", on_failure, OnFailure)):
+            one_of(name, word, choices)
+        max_in_flight = whole("max_in_flight", max_in_flight, 0)
+        timeout_seconds = seconds("timeout_seconds", timeout_seconds)
+        sinks = [sink_of(target) for target in _listed(events)]
         self._storage = LocalStorage(run)
-        self._config = dict(config or {})
+        self._config = mapping("config", config)
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._monitor = Monitor(monitor, mode) if monitor is not None else None
+        for name, given in (("keep_every", keep_every), ("keep_best", keep_best)):
+            if given is not None and keep_last is None:
+                raise UsageError(f"{name}={given} has no effect without keep_last: all steps are kept. Give keep_last too")
+        if keep_best is not None and monitor is None:
+            raise UsageError(f"keep_best={keep_best} has no effect without monitor, the metric that says which step is best")
         self._history = History(self._monitor)
         self._names: Names = names
         self._max_in_flight = max_in_flight
+        self._pid = os.getpid()
         self._ranks = current_ranks(timeout_seconds)
+        choices = {
+            "keep": (keep_last, keep_every, keep_best), "monitor": (monitor, mode), "replicas": replicas, "names": names,
+            "max_in_flight": max_in_flight, "on_failure": on_failure, "timeout_seconds": timeout_seconds,
+        }  # fmt: skip
         self._comparison = Comparison(replicas, self._ranks.rank)
         with _collector_paused():
-            self._ranks.agree("attach", in_neutral_surroundings(lambda: self._attach(model, members)))
-        holder = self._ranks.first("attach", new_holder)
+            self._ranks.agree("attach", in_neutral_surroundings(lambda: self._attach(model, members, choices)))
+        holder = self._see_one_folder()
         keep = self._retention
         settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best))
-        sinks = [sink_of(target) for target in events]
         self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
         watch_steps(self._members.optimizers(), self._saves)
         self._writer = dcp.ShardWriter(self._ranks.rank)
@@ -158,12 +177,42 @@ class Checkpointer:
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
 
-    def _attach(self, model: Any, members: Mapping[str, Any]) -> dict[str, Any]:
-        """Check that this rank holds what the layout rules say; that all ranks have the same rules is for the caller."""
+    def _attach(self, model: Any, members: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+        """Check that this rank holds what the layout rules say; that all ranks have the same is for the caller."""
         self._members = Members(model, members, self._ranks.rank)
         self._members.watch_first_steps()
         described = [shard.tensor for shard in self._members.model_shards()]
-        return {"have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described))}
+        return {
+            "have a different run folder": [self._storage.root],
+            "have other members": self._members.names,
+            "have other options": [f"{name}={value!r}" for name, value in choices.items()],
+            "have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described)),
+        }
+
+    def _see_one_folder(self) -> str:
+        """Check that every rank sees the folder that rank 0 does, and return the name of this job's lease. Every rank calls this."""
+        ranks, mark = self._ranks, Mark(self._storage)
+        holder, where = ranks.first("attach", lambda: [new_holder(), mark.leave() if ranks.world_size > 1 else ""])
+        try:
+            ranks.gather("attach", lambda: mark.look_for(where, ranks.rank))
+        finally:
+            if ranks.rank == 0:
+                mark.remove(where)
+        return holder
+
+    def _check_call(self) -> None:
+        """That this is the process, and these are the ranks, that the checkpointer was made for."""
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"this process ({os.getpid()}) is a fork of the one that made the checkpointer ({self._pid}), which alone may call it; make "
+                "the call there"
+            )
+        now, made_for = world_size(), self._ranks.world_size
+        if now not in (0, made_for):
+            raise UsageError(
+                f"the checkpointer was made for {made_for} rank{'s' * (made_for > 1)}, and the process group has {now}: make it after "
+                "init_process_group, on every rank, and again where the group changes"
+            )
 
     # ------------------------------------------------------------------ save
 
@@ -182,6 +231,7 @@ class Checkpointer:
         (moving ``latest``), which the message then says. A step that exists is replaced. Then steps that retention does not keep are
         deleted. Another rank's error is raised as this one's.
         """
+        self._check_call()
         if told := self._members.pending():
             self._defer(progress, metrics or {}, told)
             name = ""
@@ -192,7 +242,7 @@ class Checkpointer:
         return name
 
     def _save(self, progress: Progress, metrics: Mapping[str, float]) -> str:
-        save = Save(progress.step if isinstance(progress.step, int) else 0, time.perf_counter())
+        save = Save(_step_of(progress), time.perf_counter())
         try:
             saved = self._stage(save, progress, metrics)
         except BaseException as e:  # noqa: BLE001 - told to all ranks, then raised
@@ -218,6 +268,7 @@ class Checkpointer:
     def prepare(self) -> None:
         """Lay out the next save's plan and allocate the memory for it now, so that the first save takes no longer than others. Called
         by :meth:`resume`; a fresh run may call it after the first optimizer step, when all state exists. Every rank calls this."""
+        self._check_call()
         with _collector_paused():
             self._capture_objects()
             self._prepare()
@@ -247,13 +298,17 @@ class Checkpointer:
         self._has_garbage = False
 
     def wait(self) -> None:
-        """Until every save is durable and visible; raises what one of them failed with. Every rank calls this."""
+        """Wait until every save is durable and visible, and raise what one of them failed with. Every rank calls this."""
+        self._check_call()
         self._save_deferred()
         self._saves.wait_idle()
         self._saves.check()
 
     def close(self) -> None:
-        """Wait for the saves in flight, and end the writer process. Every rank calls this; an end of the interpreter does as well."""
+        """Wait for the saves in flight, and end the writer process. Every rank calls this; an end of the interpreter does as well. In
+        a fork of the process that made this it does nothing."""
+        if os.getpid() != self._pid:
+            return
         try:
             self.wait()
         finally:
@@ -312,7 +367,14 @@ class Checkpointer:
             "have other optimizer settings, schedules or counters": digest(encode_record(models)),
             "have another state of " + " and ".join(objects): digest(encode_record(objects)),
         }
-        record = {"progress": self._history.record(plain), "models": models, "objects": objects, "per_rank": sorted(own), "config": self._config}
+        record = {
+            "progress": self._history.record(plain),
+            "models": models,
+            "objects": objects,
+            "per_rank": sorted(own),
+            "config": self._config,
+            "environment": numerics.environment(),
+        }
         own_record = encode_record({"rng": capture_rng(), "objects": own, "extra": self._members.extra()})
         return _Captured(plain, shards, stepped, pack_record(record), own_record, alike, self._digests(plan, shards), plan)
 
@@ -365,7 +427,7 @@ class Checkpointer:
 
         Args:
             what: ``latest``, ``best``, ``epoch:N``, ``step:N``, or the path of a step or of another run.
-            missing: where the run has no checkpoint at all: raise, or start fresh with or without a warning.
+            missing: where the run has no checkpoint at all: raise, or start ``fresh``, with a warning that says where it was looked for.
             corrupt: where ``latest`` is damaged: take the newest sound one before it, with a warning, or raise. A step that was
                 asked for by name is never replaced.
             override: hyper-parameters and settings of schedules, such as ``"lr"`` or ``"T_max"``, of which this run's values win over
@@ -380,10 +442,9 @@ class Checkpointer:
         restored before any weight changes. An error after that says that the live state is partly overwritten.
         """
         allow = Allow(allow_missing, allow_unexpected, allow_cast, extend_rows or {}, allow_resize, allow_changed)
-        if verify not in get_args(Verify):
-            raise UsageError(f"verify={verify!r}: use one of {', '.join(map(repr, get_args(Verify)))}")
-        if isinstance(override, str):
-            raise UsageError(f"override={override!r} is a text, not a list of names; give override=({override!r},)")
+        for name, word, choices in (("missing", missing, Missing), ("corrupt", corrupt, Corrupt), ("verify", verify, Verify)):
+            one_of(name, word, choices)
+        override = words("override", override)
         self.wait()
         found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
         if found is None:
@@ -418,7 +479,7 @@ class Checkpointer:
         except CheckpointNotFound as e:
             if missing == "error" or what != LATEST:
                 raise
-            logger.log(logging.WARNING if missing == "warn" else logging.INFO, "starting fresh: %s", e)
+            logger.warning("STARTING FRESH: %s", e)
             return None
         return [storage.root, folder]
 
@@ -524,5 +585,22 @@ class Checkpointer:
         return max(self._ranks.gather("compare with the stored files", compare))
 
 
+def _listed(events: Any) -> list[Any]:
+    if isinstance(events, list | tuple):
+        return list(events)
+    raise UsageError(f"events is a {type(events).__name__}; give a list of functions, TensorBoard writers and W&B runs")
+
+
+def _step_of(progress: Progress) -> int:
+    """The step, of whatever integer type; 0 for what is none, which is refused as the state is captured, on all ranks."""
+    try:
+        return max(0, operator.index(progress.step))
+    except (TypeError, AttributeError):
+        return 0
+
+
 def _line_name() -> str:
     return os.urandom(6).hex()
+
+
+_OPTIONS = tuple(name for name, p in inspect.signature(Checkpointer.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY)

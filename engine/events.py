@@ -63,7 +63,11 @@ Sink = Callable[[SaveEvent], object]
 
 
 def sink_of(target: Any) -> Sink:
-    """A function that is given the event; a TensorBoard ``SummaryWriter`` (``add_scalar``); or a W&B run (``log``)."""
+    """Return what gives an event to ``target``: a function that is given the event, a TensorBoard ``SummaryWriter`` (``add_scalar``),
+    or a W&B run (``log``), whose own step does not move: the next ``log`` of training carries the values.
+
+    Raises :class:`UsageError` for anything else, such as a ``logging.Logger``: what it would get is in the log already.
+    """
     if hasattr(target, "add_scalar"):
 
         def board(event: SaveEvent) -> None:
@@ -71,8 +75,8 @@ def sink_of(target: Any) -> Sink:
                 target.add_scalar(name, value, event.step)
 
         return board
-    if hasattr(target, "log"):
-        return lambda event: target.log(event.scalars())
+    if hasattr(target, "log") and not isinstance(target, logging.Logger | logging.LoggerAdapter):
+        return lambda event: target.log({"checkpoint/step": event.step, **event.scalars()}, commit=False)
     if not callable(target):
         raise UsageError(f"events takes functions, TensorBoard writers and W&B runs; {type(target).__name__} is none of them")
     return target

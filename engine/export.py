@@ -95,8 +95,8 @@ def _check_target(path: str, overwrite: bool) -> None:
 
 
 def _model(stored: StoredCheckpoint, member: str | None) -> _Model:
-    prefix = _prefix(stored, member)
-    keys = {name: key for name in (*stored.tensors, *stored.manifest.aliases) if (key := _key(name, prefix)) is not None}
+    prefix, own = _prefix(stored, member)
+    keys = {name: own.get(key, key) for name in (*stored.tensors, *stored.manifest.aliases) if (key := _key(name, prefix)) is not None}
     if len(set(keys.values())) < len(keys):
         raise CheckpointCorrupt(f"{stored.where}: parameters, buffers and tied names of the model are called the same")
     found = [name for name in stored.tensors if name in keys]
@@ -105,8 +105,9 @@ def _model(stored: StoredCheckpoint, member: str | None) -> _Model:
     return _Model({keys[name]: stored.tensors[name] for name in found}, dict(tied))
 
 
-def _prefix(stored: StoredCheckpoint, member: str | None) -> str:
-    """What the names of the model's tensors begin with, before ``model.`` and ``buffers.``."""
+def _prefix(stored: StoredCheckpoint, member: str | None) -> tuple[str, dict[str, str]]:
+    """Return what the names of the model's tensors begin with, before ``model.`` and ``buffers.``; and by FQN the keys of its own state
+    dict where they differ."""
     record = decode_record(stored.manifest.record)
     models = record.get("models") if isinstance(record, dict) else None
     if not isinstance(models, dict):
@@ -116,7 +117,10 @@ def _prefix(stored: StoredCheckpoint, member: str | None) -> str:
     if member not in models:
         asked = "which one is not said" if member is None else f"none is called {member!r}"
         raise UsageError(f"{stored.where} has these models: {', '.join(map(repr, models)) or 'none'}; {asked}. Name one by --member (member=)")
-    return f"{member}." if member else ""
+    own = models[member].get("keys", {}) if isinstance(models[member], dict) else None
+    if not isinstance(own, dict) or not all(isinstance(text, str) for pair in own.items() for text in pair):
+        raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it")
+    return f"{member}." if member else "", own
 
 
 def _key(name: str, prefix: str) -> str | None:

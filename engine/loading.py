@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import torch
 
-from engine import dcp
+from engine import dcp, numerics
 from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
 from engine.format.record import decode_record
@@ -42,6 +42,7 @@ class Loading:
             self._objects: dict[str, Any] = record["objects"]
             self._per_rank: list[str] = record["per_rank"]
             self.config: dict[str, Any] = record["config"]
+            self._environment: dict[str, Any] = dict(record.get("environment", {}))
         except (msgspec.ValidationError, KeyError, TypeError) as e:
             raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
         self._own: dict[str, Any] | None = None
@@ -255,9 +256,12 @@ class Loading:
         live = {shard.name: shard for shard in shards}
         pairs, objects = self._matched.pairs, self._object_shards()
         held = {name for name, shard in objects.items() if shard.locals[0] is not None}
-        lost = sorted(name for name in pairs.keys() - live.keys() if (name in held or name not in objects) and not self._is_explained(name))
+        compared = {name for member in self._members.models.values() for name in member.carried_names()}  # which may stand in the record here
+        gone = pairs.keys() - live.keys() - compared
+        lost = sorted(name for name in gone if (name in held or name not in objects) and not self._is_explained(name))
         found += [(name, "a tensor", "nothing") for name in lost]
         changed = self._sample.changed(live) if self._sample is not None else []
+        changed = [name for name in changed if name in live or name not in compared]
         if verify == "all":
             whole = [(live[name], stored) for name, stored in pairs.items() if name in live and name not in self._matched.extended]
             changed = unequal(self.stored, whole, self._rank)
@@ -299,6 +303,10 @@ class Loading:
             if name not in config or name not in self.config or config[name] != self.config[name]:
                 was, now = (repr(c[name]) if name in c else "not set" for c in (self.config, config))
                 logger.info("config: %s is %s, was %s", name, now, was)
+        if self._environment and (changed := numerics.differences(self._environment, numerics.environment())):
+            logger.warning(
+                "the numerical environment differs from the saved run's, so that last bits may: %s. See docs/reproducibility.md", "; ".join(changed)
+            )
         for line in self._told:
             logger.warning("%s", line)
         for name, how in matched.extended.items():

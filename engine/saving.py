@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import statistics
+import sys
 import threading
 import time
 import weakref
@@ -21,7 +22,7 @@ import msgspec
 import torch
 
 from engine.catalog import Retention
-from engine.errors import PeerError
+from engine.errors import EngineError, PeerError
 from engine.events import SaveEvent, Sink, emit
 from engine.format.manifest import IndexEntry, Manifest, Summary
 from engine.format.names import attempt_name, step_name
@@ -387,12 +388,30 @@ def watch_steps(optimizers: Sequence[torch.optim.Optimizer], saves: Saves) -> No
 _open: "weakref.WeakSet[Saves]" = weakref.WeakSet()
 
 
+_failed_at_exit = False
+
+
+@atexit.register
+def _exit_with_failure() -> None:
+    """Registered first, so that it is called after what the program has registered: an exit code is all that a launcher sees."""
+    if _failed_at_exit:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(EngineError.exit_code)
+
+
 @atexit.register
 def _drain() -> None:
     """A normal end of the interpreter loses no save that is in flight."""
+    global _failed_at_exit
     for saves in list(_open):
         saves.close()
-        try:
-            saves.check()
-        except Exception as e:  # noqa: BLE001 - nobody is left to catch it
-            logger.error("a save that was in flight when the process ended has failed: %s", e)
+        while True:
+            try:
+                saves.check()
+                break
+            except Exception as e:  # noqa: BLE001 - nobody is left to catch it
+                logger.error("a save that was in flight when the process ended has failed, so the exit code is not 0: %s", e)
+                _failed_at_exit = True

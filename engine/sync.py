@@ -41,6 +41,7 @@ class _Failure(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
+    what: str
     value: Any = None
     failure: _Failure | None = None
 
@@ -104,7 +105,7 @@ class Ranks:
                 raise type(e)(f"{what}: {e}") from e
         if self._broken:
             raise PeerError(f"rank {self.rank}: the ranks are out of step since an earlier failure ({self._broken}); restart the job")
-        report, error = _Report(), None
+        report, error = _Report(what), None
         try:
             report.value = act()
             msgspec.msgpack.encode(report)  # a value that cannot travel is this rank's error like any other
@@ -193,12 +194,21 @@ class Ranks:
         keys = [f"{prefix}/{rank}" for rank in range(self.world_size)]
         if not self._wait(keys, self.timeout_seconds):
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-            message = f"ranks {missing[:16]} did not report within {self.timeout_seconds:.0f} s; look at their logs for a crash or a hang"
+            message = (
+                f"ranks {missing[:16]} did not report within {self.timeout_seconds:.0f} s. Either they did not make this call, which every rank must "
+                "make (`if rank == 0:` around it prevents that), or they crashed or hang: look at their logs"
+            )
             return _Decision(failure=_Failure(missing[0] if missing else 0, "PeerError", message))
         reports = [msgspec.msgpack.decode(raw, type=_Report) for raw in self._read(keys)]
         failures = [report.failure for report in reports if report.failure is not None]
         if failures:
             return _Decision(failure=failures[0])
+        if elsewhere := [rank for rank, report in enumerate(reports) if _call_of(report.what) != _call_of(reports[0].what)]:
+            message = (
+                f"ranks {elsewhere[:16]} are at '{reports[elsewhere[0]].what}' while rank 0 is at '{reports[0].what}'; every rank must make the same "
+                "calls in the same order (`if rank == 0:` around one prevents it)"
+            )
+            return _Decision(failure=_Failure(elsewhere[0], "PeerError", message))
         try:
             return _Decision(conclude([report.value for report in reports]))
         except Exception as e:  # noqa: BLE001 - a decision must be made: all wait for it
@@ -224,13 +234,28 @@ class Ranks:
         return True
 
 
+def _call_of(what: str) -> str:
+    """Its first word: what follows may name the step, which is compared where it matters."""
+    return what.partition(" ")[0]
+
+
 def compare(reports: Sequence[dict[str, Any]]) -> None:
     """See :meth:`Ranks.agree`."""
     for difference, value in reports[0].items():
         odd = [rank for rank, report in enumerate(reports) if report.get(difference) != value]
         if odd:
-            detail = f" ({reports[odd[0]].get(difference)} and {value})" if isinstance(value, list) else ""
+            detail = f" ({_differing(reports[odd[0]].get(difference), value)})" if isinstance(value, list) else ""
             raise PeerError(f"ranks {odd[:16]} {difference} than rank 0{detail}; all ranks must share one state")
+
+
+def _differing(theirs: Any, ours: list[Any]) -> str:
+    """The entries that one of two lists has and the other has not; both lists where the order differs."""
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    if all(isinstance(entry, str) for entry in (*theirs, *ours)):
+        some, others = ([entry for entry in a if entry not in b] for a, b in ((theirs, ours), (ours, theirs)))
+        if some or others:
+            return f"{', '.join(some) or 'nothing'} and {', '.join(others) or 'nothing'}"
+    return f"{theirs} and {ours}"
 
 
 @dataclass
@@ -265,6 +290,13 @@ def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False) -> R
     client = default.clone() if own_client else default
     store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_job.name}-{_job.count}", client)
     return Ranks(rank, world_size, store, timeout_seconds)
+
+
+def world_size() -> int:
+    """Return the number of ranks in the default process group; 0 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
 
 
 def job_name(store: Store, rank: int, world_size: int, timeout_seconds: float) -> str:

@@ -1,6 +1,6 @@
 """The writer process of one rank: it writes, checksums, commits and tidies, off the training path. No torch.
 
-Started by :class:`engine.transfer.process.WriterProcess` as ``python -m engine.writer FD``; ends when that socket closes.
+Started by :class:`engine.transfer.process.WriterProcess`, which calls :func:`main`; ends when that socket closes.
 """
 
 import logging
@@ -8,7 +8,6 @@ import mmap
 import os
 import signal
 import socket
-import sys
 import traceback
 from collections import Counter
 from typing import Any
@@ -185,7 +184,3 @@ def main(fd: int) -> None:
         Server(channel, channel.receive(Settings)).serve()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""A writer process with a fault: ``python -m tests.faulty_writer ACTION CALLS AT FD``, in place of ``engine.writer``.
+"""A writer process with a fault, given ``ACTION CALLS AT FD``, in place of ``engine.writer``.
 
 CALLS are changes asked of the system, comma-separated, or ``all``; the fault is at the AT-th of them, for ``sleep`` at each one.
 What is asked is listed in the file that LOCKSTEP_CALLS names, where it is set. No torch.
@@ -17,6 +17,7 @@ from engine import writer
 from engine.storage import local
 from engine.transfer import process
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ALL = ("mkdir", "rename", "replace", "unlink", "rmdir", "link", "fsync", "write", "create", "exchange")
 SLEEP_SECONDS = 0.15
 LIMIT_BYTES = 2000
@@ -24,7 +25,8 @@ LIMIT_BYTES = 2000
 
 def command(action: str, calls: str = "all", at: int = 1) -> Sequence[str]:
     """What :data:`engine.transfer.process.COMMAND` is set to."""
-    return (sys.executable, "-m", "tests.faulty_writer", action, calls, str(at))
+    boot = f"import runpy, sys; sys.path.insert(0, {ROOT!r}); runpy.run_module('tests.faulty_writer', run_name='__main__', alter_sys=True)"
+    return (sys.executable, "-c", boot, action, calls, str(at))
 
 
 def use(patch: Any, action: str, calls: str = "all", at: int = 1) -> None:

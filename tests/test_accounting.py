@@ -688,7 +688,7 @@ def test_a_member_that_changes_the_weights_it_was_resumed_with_is_noticed(tmp_pa
 
 def test_words_that_are_not_known_and_texts_for_lists_are_refused(tmp_path):
     save(tmp_path, Net())
-    with pytest.raises(UsageError, match="verify='some': use one of 'sample', 'all', 'off'"):
+    with pytest.raises(UsageError, match="verify='some' is not known; use one of 'sample', 'all', 'off'"):
         resume(tmp_path, Net(), how={"verify": "some"})
     with pytest.raises(UsageError, match=r"allow_missing='optim\.\*' is a text"):
         resume(tmp_path, Net(), how={"allow_missing": "optim.*"})

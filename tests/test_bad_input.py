@@ -58,13 +58,12 @@ def test_an_empty_run(tmp_path):
     refused(tmp_path, make(1), CheckpointNotFound, str(tmp_path), "no step has been committed there. Start the run without --resume")
 
 
-@pytest.mark.parametrize("missing", ["fresh", "warn"])
-def test_an_empty_run_may_start_fresh(tmp_path, missing, caplog):
+def test_an_empty_run_may_start_fresh(tmp_path, caplog):
     model = make(1)
     before = state(model)
-    assert Checkpointer(tmp_path, model).resume(missing=missing) == Progress()
+    assert Checkpointer(tmp_path, model).resume(missing="fresh") == Progress()
     assert same(state(model), before)
-    assert any("starting fresh" in r.getMessage() and r.levelname == "WARNING" for r in caplog.records) == (missing == "warn")
+    assert any("STARTING FRESH" in r.getMessage() and r.levelname == "WARNING" for r in caplog.records)
 
 
 def test_fresh_is_for_latest_only_and_not_for_damage(step):
@@ -230,7 +229,9 @@ def test_a_member_that_the_checkpoint_lacks(step):
 
 
 def test_an_object_that_is_no_member(tmp_path):
-    with pytest.raises(UsageError, match="member 'rate' is a float; give a DeepSpeed engine, a module"):
+    with pytest.raises(
+        UsageError, match=r"rate=0.1 is neither an option nor a member \(float has no state\).*a member is a DeepSpeed engine, a module"
+    ):
         Checkpointer(tmp_path, make(), rate=0.1)
 
 

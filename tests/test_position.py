@@ -2,7 +2,6 @@
 in the order of the uninterrupted run; what is not allowed is refused."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -203,7 +202,7 @@ def test_steps_that_were_not_counted_are_refused():
     sampler.follow(progress)
     next(iter(sampler))
     progress.step += 1
-    with pytest.raises(UsageError, match="progress.step went from 0 to 1 while progress.samples stayed 0"):
+    with pytest.raises(UsageError, match=r"progress\.step went from 0 to 1 while progress\.samples stayed 0"):
         sampler.note_saved(progress)
     progress.step = 0
     progress.advance()

@@ -133,7 +133,8 @@ def _gather_optimizer(label: str, optimizer: Any, names: dict[int, str], flats: 
         by_index: dict[Any, tuple[str, Any]] = {}
         for group, packed in zip(optimizer.param_groups, plain["param_groups"], strict=True):
             by_index |= {index: (names[id(p)], p) for index, p in zip(packed["params"], group["params"], strict=True)}
-        states = {by_index[k][0]: _localised(v, by_index[k][1]) for k, v in plain["state"].items() if k in by_index}
+        # nor keep a state for it, which could have no effect
+        states = {by_index[k][0]: _localised(v, by_index[k][1]) for k, v in plain["state"].items() if k in by_index and by_index[k][1].numel()}
         rest = {k: v for k, v in plain["state"].items() if k not in by_index}
         further = {k: v for k, v in plain.items() if k not in ("state", "param_groups")}
     for i, group in enumerate(optimizer.param_groups):

@@ -1,5 +1,6 @@
 """``latest``, ``best``, ``epoch:N``, ``step:N`` or a path, to a committed step. Torch-free: the command line starts in an instant."""
 
+import difflib
 import logging
 import os
 from typing import Literal
@@ -54,9 +55,11 @@ def _by_path(what: str, storage: Storage, names: str) -> tuple[Storage, str]:
         _refuse_others(other)
     if steps(other):
         return other, latest_step(other)
-    raise CheckpointNotFound(
-        absent(f"'{what}' is neither a step nor a run with steps" if os.path.isdir(path) else f"there is no folder {path}", storage)
-    )
+    if os.path.isdir(path):
+        raise CheckpointNotFound(absent(f"'{what}' is neither a step nor a run with steps", storage))
+    close = difflib.get_close_matches(what, (LATEST, BEST, "epoch:", "step:"), 1, 0.6)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise CheckpointNotFound(absent(f"{hint}'{what}' is none of latest, best, epoch:N and step:N, and there is no folder {path}", storage))
 
 
 def _refuse_others(storage: Storage) -> None:

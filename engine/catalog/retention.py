@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.catalog.lineage import line_to, ranked
-from engine.errors import UsageError
 from engine.format.manifest import Summary
 from engine.format.names import step_name
+from engine.options import whole
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,8 @@ class Retention:
 
     def __post_init__(self) -> None:
         for name in ("last", "every", "best"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UsageError(f"retention's {name} is {value!r}; give a whole number of at least 1, or None")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole(f"keep_{name}", value, 1))
 
 
 def expired(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retention) -> list[str]:

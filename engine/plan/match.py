@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from engine.errors import IncompatibleCheckpoint, UsageError
 from engine.format.layout import Absent, LogicalTensor, Part
+from engine.options import words
 from engine.state.boxes import intersect, part_box
 
 INITIALISATIONS = ("keep", "zeros", "mean")
@@ -36,8 +37,9 @@ class Allow:
 
     def __post_init__(self) -> None:
         for name in ("missing", "unexpected", "cast", "resize", "changed"):
-            if isinstance(given := getattr(self, name), str):
-                raise UsageError(f"allow_{name}={given!r} is a text, whose letters would be patterns each; give a list: allow_{name}=[{given!r}]")
+            words(f"allow_{name}", getattr(self, name))
+        if not isinstance(self.extend_rows, Mapping):
+            raise UsageError(f"extend_rows={self.extend_rows!r}: give a mapping from patterns to one of {', '.join(INITIALISATIONS)}")
         for pattern, how in self.extend_rows.items():
             if how not in INITIALISATIONS:
                 raise UsageError(f"extend_rows {pattern!r}: {how!r} is no initialisation; there are {', '.join(INITIALISATIONS)}")

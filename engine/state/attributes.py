@@ -96,7 +96,7 @@ def _small(path: str, tensor: torch.Tensor) -> Any:
 
 def _is_scheduler(value: Any) -> bool:
     stateful = all(hasattr(value, method) for method in ("state_dict", "load_state_dict", "step"))
-    return stateful and not isinstance(value, type | Optimizer | torch.nn.Module)
+    return stateful and not hasattr(value, "zero_grad") and not isinstance(value, type | Optimizer | torch.nn.Module)
 
 
 def _no_tensor(reference: Any) -> Any:

@@ -39,7 +39,10 @@ class Carried:
 
     def flatten(self, value: Any, path: str, unknown: Unknown) -> Any:
         """Return ``value`` for a record. Raises :class:`UsageError` for two tensors of one path."""
-        return flatten(value, path, self._take, unknown)
+        try:
+            return flatten(value, path, self._take, unknown)
+        except UsageError as e:  # of a tensor: what else is refused, ``unknown`` has worded
+            raise UsageError(f"{self._base}: {e}" if str(e).startswith(".") else str(e)) from e
 
     def _take(self, path: str, tensor: torch.Tensor) -> Any:
         if self._check is not None:
@@ -93,11 +96,11 @@ def targets(
 def _new(stored: LogicalTensor, dims: list[int] | None, meshes: Sequence[Any], live: torch.Tensor | None) -> torch.Tensor:
     """A DTensor where the live state has one, or has none yet and the model is of DTensors; else a whole tensor, as other engines hold."""
     dtype = torch_dtype(stored.dtype)
+    if isinstance(live, DTensor) and tuple(live.shape) == stored.shape:
+        return torch.zeros_like(live, dtype=dtype)
     is_plain = isinstance(live, torch.Tensor) and not isinstance(live, DTensor)
     if dims is None or is_plain or not (meshes or isinstance(live, DTensor)):
         return torch.zeros(stored.shape, dtype=dtype, device=live.device if live is not None and not live.is_meta else "cpu")
-    if isinstance(live, DTensor) and tuple(live.shape) == stored.shape:
-        return torch.zeros_like(live, dtype=dtype)
     mesh = next((mesh for mesh in meshes if mesh.ndim == len(dims)), None)
     if mesh is None:
         mesh, first = meshes[0], next((dim for dim in dims if dim >= 0), -1)

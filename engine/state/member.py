@@ -71,6 +71,7 @@ class Member:
         self.optimizers = [OptimizerState(prefix, part, number) for number, part in enumerate(adapter.parts)]
         self._extra = self._list_extra()
         self._unlisted = Unlisted(adapter.module)
+        self._reported_not_given = False
         self._schedules = [schedules.Schedule(scheduler) for scheduler in adapter.schedulers]
         self._load = _MemberLoad()
         self._captured: Captured | None = None
@@ -244,13 +245,39 @@ class Member:
             record["scheduler"] = schedulers[0]
         if schedulers[1:]:
             record["more_schedulers"] = schedulers[1:]
+        if keys := self.adapter.names.own_keys():
+            record["keys"] = keys
         if self.adapter.names.empty:
             record["empty_buffers"] = sorted(self.adapter.names.empty)
         return record
 
     def report_unlisted(self) -> None:
-        """Report, once, what training changes in the module and its state dict does not list."""
+        """Report, once, what training changes in the module and its state dict does not list, and what has state and was not given."""
         self._unlisted.report(self._extra.keys)
+        if not self._reported_not_given and (lines := list(self._not_given())):
+            self._reported_not_given = True
+            for line in lines:
+                logger.warning("%s", line)
+
+    def carried_names(self) -> set[str]:
+        """Return the stored tensors that optimizers' own containers refer to, of the load under way."""
+        return {name for state in self.optimizers for name in state.load.tensors}
+
+    def _not_given(self) -> Iterator[str]:
+        a = self.adapter
+        trained = [name for name, p in a.names.parameters.items() if p.requires_grad and p.grad is not None]
+        if trained and not a.parts:
+            yield (
+                f"{self.name} was given without an optimizer, though it is trained ({len(trained)} of its parameters have gradients, such as "
+                f"{trained[0]}): the optimizer's state is not saved. Give (module, optimizer)"
+            )
+        # torch's schedulers mark the method that they count
+        scheduled = [part.optimizer for part in a.parts if hasattr(getattr(part.optimizer, "step", None), "_wrapped_by_lr_sched")]
+        if scheduled and not a.schedulers:
+            yield (
+                f"{self.name} was given without a scheduler, though one drives its {type(scheduled[0]).__name__}: its state is not saved, and a "
+                "resumed run would begin its schedule again. Give (module, optimizer, scheduler)"
+            )
 
     def extra(self) -> dict[str, Any]:
         """This rank's extra state of modules, as of the last :meth:`capture`."""
@@ -414,9 +441,7 @@ class Member:
         shared = captured.extra.keys() & load.extra.keys()
         found += differing({key: load.extra[key] for key in shared}, {key: captured.extra[key] for key in shared})
         stored, live = load.record.get("counters", {}), self.adapter.counters()
-        same = {
-            key: value for key, value in stored.items() if key in live and key != "micro_steps" and load.record.get("engine") == self.adapter.engine
-        }
+        same = {key: value for key, value in stored.items() if key in live and load.record.get("engine") == self.adapter.engine}
         found += differing(same, {key: live[key] for key in same}) if same_ranks else []
         return [(f"{self.prefix}{path}", a, b) for path, a, b in found]
 

@@ -28,7 +28,7 @@ class Members:
         self.objects: dict[str, ObjectMember] = {}
         if model is not None:
             self.models[""] = Member("", adapter_for("model", model), rank)
-        for name, member in members.items():
+        for name, member in sorted(members.items()):  # ranks may name them in different order
             if name in _RESERVED:
                 raise UsageError(f"a member cannot be called '{name}': tensors of the job's only model are named so")
             if is_plain_state(member):
@@ -44,6 +44,12 @@ class Members:
         self._shards: list[Shard] = []
         self._stepped: frozenset[str] = frozenset()
         self._frozen: frozenset[tuple[str, tuple[int, ...]]] = frozenset()
+
+    @property
+    def names(self) -> list[str]:
+        """Each member's name and kind; the job's only model has none."""
+        kinds = {name: type(member.target) for name, member in self.objects.items()} | {name: type(m.adapter) for name, m in self.models.items()}
+        return [f"{name or 'the model'}: {kind.__name__}" for name, kind in sorted(kinds.items())]
 
     @property
     def engine(self) -> str:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from engine.state.source import Piece
 
 # Path components that wrappers add: torch.compile, activation checkpointing, FSDP1, PEFT's wrapped layer.
-_WRAPPER_COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
+_FOR_COMPUTING = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPER_COMPONENTS = {*_FOR_COMPUTING, "base_layer"}
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -89,6 +90,16 @@ class Names:
                 else:
                     seen[id(buffer)] = name
                     self.buffers[name] = raw
+
+    def own_keys(self) -> dict[str, str]:
+        """Return by FQN the keys of the module's own state dict that wrappers which are part of the model (PEFT's) name differently.
+        Wrappers that are only there for computing do not count."""
+        found = {}
+        for raw in self.raw:
+            key = ".".join(part for part in raw.split(".") if part not in _FOR_COMPUTING)
+            if (name := normalise(raw, peft=self.peft)) != key:
+                found[name] = key
+        return dict(sorted(found.items()))
 
     def buffer(self, name: str) -> torch.Tensor:
         return self._module.get_buffer(self.buffers[name])

@@ -240,16 +240,18 @@ def counts_in_ints(optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> 
 
 
 def local_states(optimizer: torch.optim.Optimizer) -> list[str]:
-    """The keys of states that are plain tensors, shaped like the local shard, beside DTensor parameters."""
-    return sorted(
-        {
-            key
-            for holder, state in optimizer.state.items()
-            if isinstance(holder, DTensor)
-            for key, value in state.items()
-            if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim and value.shape == holder._local_tensor.shape
-        }
-    )
+    """The keys of states that are plain tensors, shaped like the local shard, beside DTensor parameters.
+
+    A count of shape ``(1,)`` is not one, though some shard may have that shape.
+    """
+    alike, larger = dict[str, bool](), set[str]()
+    for holder, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(holder, DTensor) else ():
+            if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim:
+                alike[key] = alike.get(key, True) and value.shape == holder._local_tensor.shape
+                if value.numel() > 1:
+                    larger.add(key)
+    return sorted(key for key, same in alike.items() if same and key in larger)
 
 
 class Lasting(Struct, frozen=True):
@@ -274,7 +276,8 @@ def lasting_record(optimizer: torch.optim.Optimizer, slots: Sequence[Slot]) -> L
         "flat": is_flat(slots),
         "stateless": list(dict.fromkeys(slot.piece.name for slot, state in zip(slots, states, strict=True) if not state)),
     }
-    if empty := list(dict.fromkeys(slot.piece.name for slot in slots if slot.holder in optimizer.state and not optimizer.state[slot.holder])):
+    here = () if is_flat(slots) else slots  # a rank has some of the parameters of a flat buffer only, and its record would be its own
+    if empty := list(dict.fromkeys(slot.piece.name for slot in here if slot.holder in optimizer.state and not optimizer.state[slot.holder])):
         record["empty_states"] = empty
     has_numbers = any(not isinstance(value, torch.Tensor) for state in states for value in state.values())
     return Lasting(record, {group: list(found) for group, found in names.items()}, has_numbers)

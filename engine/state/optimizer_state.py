@@ -12,15 +12,15 @@ import torch
 
 from engine.errors import IncompatibleCheckpoint, UsageError
 from engine.format.layout import LogicalTensor
-from engine.format.record import encode_record
+from engine.format.record import Array, Reference, Typed, encode_record
 from engine.state import optimizer as optim
 from engine.state.attributes import Attributes
 from engine.state.carried import Carried, LoadedTensors, targets
 from engine.state.optimizers import Part
-from engine.state.plain import world_size
+from engine.state.plain import local_of, world_size
 from engine.state.shard import Shard, dtype_name
 from engine.state.source import Piece, Slot
-from engine.state.values import OMIT, differing, holds_tensors, is_code, refuse, unflatten
+from engine.state.values import OMIT, differing, holds_tensors, is_code, refuse, small_array, unflatten
 
 
 @dataclass
@@ -353,7 +353,7 @@ class OptimizerState:
                 mine = {name: value for name, value in (mine or {}).items() if name in (theirs or {})}
             if key == "whole" and isinstance(theirs, dict) and isinstance(mine, dict):
                 theirs, mine = ({k: v for k, v in side.items() if k != "param_groups"} for side in (theirs, mine))
-            found += [(f"{owner}.{path or key}", a, b) for path, a, b in differing(theirs or None, mine or None)]
+            found += [(f"{owner}.{path or key}", a, b) for path, a, b in differing(self._as_here(theirs, mine) or None, mine or None)]
         names = {slot.piece.name for slot in captured.slots} - load.kept
         scalars = {name: {k: v for k, v in load.values.get(name, {}).items()} for name in names}
         for shard in captured.shards:
@@ -365,6 +365,21 @@ class OptimizerState:
             if name in names and encode_record(values) != encode_record({k: v for k, v in scalars[name].items() if k in values}):
                 found += [(f"{owner}.state.{name}.{path}", a, b) for path, a, b in differing({k: scalars[name].get(k) for k in values}, values)]
         return found
+
+    def _as_here(self, stored: Any, live: Any) -> Any:
+        """Return a stored value with the tensors in the record that are in it here: where they were DTensors, they were not."""
+        if isinstance(stored, dict) and isinstance(live, dict):
+            return {key: self._as_here(value, live.get(key)) for key, value in stored.items()}
+        if isinstance(stored, list | tuple) and isinstance(live, list | tuple) and len(stored) == len(live):
+            return type(stored)(self._as_here(a, b) for a, b in zip(stored, live, strict=True))
+        if isinstance(stored, Typed):
+            if stored.kind == "dtensor" and not (isinstance(live, Typed) and live.kind == "dtensor"):
+                return self._as_here(stored.value[0], live)
+            if isinstance(live, Typed) and live.kind == stored.kind:
+                return Typed(stored.kind, self._as_here(stored.value, live.value))
+        if isinstance(stored, Reference) and isinstance(live, Array) and stored.name in self.load.tensors:
+            return small_array(local_of(self.load.tensors[stored.name][0]))
+        return stored
 
 
 def _has_dtype(stored: LogicalTensor | None, piece: Piece) -> bool:

@@ -83,13 +83,14 @@ class Progress(msgspec.Struct, dict=True):
 
     def add_follower(self, follower: Follower) -> None:
         """Ask ``follower``, too, what a step consumes. Held weakly."""
-        self.__dict__.setdefault("_following", weakref.WeakSet()).add(follower)
+        attributes: dict[str, Any] = self.__dict__  # type: ignore[assignment]  # not fields: what is saved and compared has none of it
+        attributes.setdefault("_following", weakref.WeakSet()).add(follower)
 
     def remove_follower(self, follower: Follower) -> None:
-        self.__dict__.get("_following", weakref.WeakSet()).discard(follower)
+        vars(self).get("_following", weakref.WeakSet()).discard(follower)
 
     def _followers(self) -> list[Follower]:
-        return list(self.__dict__.get("_following", ()))
+        return list(vars(self).get("_following", ()))
 
     def take(self, other: "Progress") -> None:
         """Become ``other``, in place."""
@@ -104,6 +105,8 @@ class Monitor(msgspec.Struct, frozen=True):
     mode: str = "min"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise UsageError(f"monitor={self.metric!r}: give the name of a metric")
         if self.mode not in ("min", "max"):
             raise UsageError(f"mode is {self.mode!r}; it says whether the best {self.metric} is the smallest or the largest: 'min' or 'max'")
 

@@ -92,7 +92,8 @@ class ZeroAdapter:
         self._engine.global_steps = steps
         self._engine.global_samples = counters.get("global_samples", steps * self._engine.train_batch_size())
         self._engine.skipped_steps = counters.get("skipped_steps", 0)
-        self._engine.micro_steps = steps * accumulation
+        micro_steps = counters.get("micro_steps", steps * accumulation)
+        self._engine.micro_steps = micro_steps if micro_steps % accumulation == 0 else steps * accumulation
         scaler = self._scaler()
         if _is_dynamic(scaler):  # a static scale, and that of another precision, is configuration
             for name, value in counters.get("loss_scaler", {}).items():

@@ -2,5 +2,6 @@
 
 from engine.storage.base import Reader, Storage, Writer
 from engine.storage.local import LocalStorage
+from engine.storage.mark import Mark
 
-__all__ = ["LocalStorage", "Reader", "Storage", "Writer"]
+__all__ = ["LocalStorage", "Mark", "Reader", "Storage", "Writer"]

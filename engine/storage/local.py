@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import shutil
 import stat
@@ -10,9 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from engine.errors import CheckpointCorrupt, StorageError
+from engine.options import local_path
 from engine.storage.base import REMOVED, REPLACED
 
+logger = logging.getLogger("engine")
+
 _NO_LINKS = (errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT)
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_reported_no_sync = False
 _LARGE_BYTES = 1024 * 1024
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _REMEDY = {
@@ -127,7 +133,7 @@ class LocalStorage:
     """See :class:`engine.storage.base.Storage`."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = os.path.abspath(os.fspath(root))
+        self.root = os.path.abspath(local_path("the run's folder", os.fspath(root)))
 
     def path(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
@@ -228,9 +234,17 @@ class LocalStorage:
 
 
 def _sync(folder: str) -> None:
+    """Sync a folder's names. Some file systems (CIFS, some of FUSE) have no such call, which is reported once."""
+    global _reported_no_sync
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _NO_SYNC:
+            raise
+        if not _reported_no_sync:
+            _reported_no_sync = True
+            logger.warning("the file system of %s cannot sync folders (%s): a step may be lost to a power failure soon after it", folder, e.strerror)
     finally:
         os.close(fd)
 

@@ -5,6 +5,7 @@ that comes about. ``engine.writer`` is its other side.
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 import select
@@ -27,7 +28,27 @@ from engine.plan.image import ShardLayout
 
 logger = logging.getLogger("engine")
 
-COMMAND = (sys.executable, "-m", "engine.writer")
+# The modules that the trainer has imported, from where it has imported them, and nothing from the working directory, whose files
+# would run as code: -P keeps it off the path, and the package itself is loaded by its place.
+_BOOT = """
+import importlib.util, sys
+package, *places = {places!r}
+sys.path.extend(place for place in places if place not in sys.path)
+spec = importlib.util.spec_from_file_location("engine", package + "/__init__.py", submodule_search_locations=[package])
+sys.modules["engine"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from engine.writer import main
+main(int(sys.argv[1]))
+"""
+
+
+def _places() -> list[str]:
+    """The folder of this package, and those that hold what the writer imports beside the standard library."""
+    origins = [spec.origin for name in ("msgspec", "xxhash") if (spec := importlib.util.find_spec(name)) and spec.origin]
+    return [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *(os.path.dirname(os.path.dirname(origin)) for origin in origins)]
+
+
+COMMAND = (sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _BOOT.format(places=_places()))  # type: ignore[attr-defined]
 _LENGTH = struct.Struct("<Q")
 _PATIENCE_SECONDS = 10.0  # for a process that has nothing left to do but to end
 
@@ -155,8 +176,7 @@ class WriterProcess:
         self._timeout_seconds = timeout_seconds
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout_seconds)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (_package_root(), os.environ.get("PYTHONPATH")) if path)}
-        self._process = subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._channel = Channel(ours)
         self._doing = ""
@@ -245,7 +265,3 @@ class WriterProcess:
             f"{what}: the writer process {self.pid} {how}. Look at this rank's stderr and the system log (out of memory?). Checkpoints committed "
             "before are untouched; the next save starts a new one"
         )
-
-
-def _package_root() -> str:
-    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

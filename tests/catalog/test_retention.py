@@ -64,5 +64,5 @@ def test_without_the_latest_step_nothing_is_deleted():
 @pytest.mark.parametrize("name", ["last", "every", "best"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
 def test_a_number_that_is_none_is_refused(name, value):
-    with pytest.raises(UsageError, match=f"retention's {name} is .*whole number of at least 1"):
+    with pytest.raises(UsageError, match=f"keep_{name}=.*give a whole number of at least 1"):
         Retention(**{name: value})

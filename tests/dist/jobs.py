@@ -364,15 +364,20 @@ def frozen_zero3(run: str, seed: int, load: bool) -> list[float]:
     return out
 
 
-def how_torch_computes() -> tuple[str, int]:
-    """What decides in which order this process takes sums."""
+def how_torch_computes() -> tuple[str, int, bool]:
+    """What decides how this process rounds, and in which order it takes sums."""
+    from deepspeed.runtime.torch_autocast import is_autocast_initialized
+
     linear = torch.nn.functional.linear
-    return f"{linear.__module__}.{linear.__qualname__}", torch.get_num_threads()
+    return f"{linear.__module__}.{linear.__qualname__}", torch.get_num_threads(), is_autocast_initialized()
 
 
-def compute_differently(run: str) -> tuple[str, int]:
-    """Leave the process as ZeRO-3 with DeepSpeed's defaults does, and with more threads."""
+def compute_differently(run: str) -> tuple[str, int, bool]:
+    """Leave the process as ZeRO-3 with DeepSpeed's defaults does, and an engine with ``torch_autocast``, and with more threads."""
+    from deepspeed.runtime import torch_autocast
+
     frozen_zero3(run, 0, False)
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = True
     torch.set_num_threads(2)
     return how_torch_computes()
 

@@ -28,7 +28,7 @@ def play(counted, act, value=None):
     """Rounds of a job whose other ranks report ``value``; ``act`` is rank 0's part in them, one after the other."""
     others, ranks = [Ranks(rank, WORLD, counted[rank]) for rank in range(1, WORLD)], Ranks(0, WORLD, counted[0])
     for one in act:
-        prefixes = [rank._report("save", sync._Report(value)) for rank in others]
+        prefixes = [rank._report("save", sync._Report("save", value)) for rank in others]
         one(ranks)
         for rank, prefix in zip(others, prefixes, strict=True):
             rank._outcome("save", prefix, lambda values: values)
