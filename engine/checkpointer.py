@@ -9,6 +9,7 @@ import logging
 import operator
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -96,7 +97,8 @@ class Checkpointer:
             ``state_dict`` and ``load_state_dict`` (a sampler, a grad scaler, an EMA), alike on all ranks unless wrapped in
             :class:`~engine.PerRank`.
         config: plain values describing the run, kept in ``run.json`` and in each checkpoint; differences are told on resume.
-        keep_last, keep_every, keep_best: which steps stay, see :class:`~engine.catalog.Retention`; without ``keep_last`` all do.
+        keep_last, keep_every, keep_best, keep_abandoned: which steps stay, see :class:`~engine.catalog.Retention`; without ``keep_last``
+            all do. Steps of a line of training that was left, by a resume from an earlier step, stay unless ``keep_abandoned`` is False.
         monitor, mode: the metric that decides which step is ``best``, and whether that is the smallest (``min``) or largest (``max``).
         replicas: how much of what several ranks hold alike is compared between them at each save: ``all``, a ``sample`` that goes
             round, or ``off``.
@@ -124,6 +126,7 @@ class Checkpointer:
         keep_last: int | None = None,
         keep_every: int | None = None,
         keep_best: int | None = None,
+        keep_abandoned: bool = True,
         monitor: str | None = None,
         mode: str = "min",
         replicas: Replicas = "sample",
@@ -143,7 +146,7 @@ class Checkpointer:
         sinks = [sink_of(target) for target in _listed(events)]
         self._storage = LocalStorage(run)
         self._config = mapping("config", config)
-        self._retention = Retention(keep_last, keep_every, keep_best)
+        self._retention = Retention(keep_last, keep_every, keep_best, bool(keep_abandoned))
         self._monitor = Monitor(monitor, mode) if monitor is not None else None
         for name, given in (("keep_every", keep_every), ("keep_best", keep_best)):
             if given is not None and keep_last is None:
@@ -156,7 +159,7 @@ class Checkpointer:
         self._pid = os.getpid()
         self._ranks = current_ranks(timeout_seconds)
         choices = {
-            "keep": (keep_last, keep_every, keep_best), "monitor": (monitor, mode), "replicas": replicas, "names": names,
+            "keep": (keep_last, keep_every, keep_best, keep_abandoned), "monitor": (monitor, mode), "replicas": replicas, "names": names,
             "max_in_flight": max_in_flight, "on_failure": on_failure, "timeout_seconds": timeout_seconds,
         }  # fmt: skip
         self._comparison = Comparison(replicas, self._ranks.rank)
@@ -164,7 +167,7 @@ class Checkpointer:
             self._ranks.agree("attach", in_neutral_surroundings(lambda: self._attach(model, members, choices)))
         holder = self._see_one_folder()
         keep = self._retention
-        settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best))
+        settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best, keep.abandoned))
         self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
         watch_steps(self._members.optimizers(), self._saves)
         self._writer = dcp.ShardWriter(self._ranks.rank)
@@ -173,6 +176,8 @@ class Checkpointer:
         self._lineage: tuple[Line, ...] | None = None  # on rank 0: from a resume, or the first save, on
         self._count = 0
         self._deferred: tuple[Progress, Mapping[str, float]] | None = None
+        self._is_closed = False
+        _open.add(self)
         self._has_garbage = False
         self._spoiled = ""
         self._loaded: tuple[StoredCheckpoint, dict[str, str]] | None = None
@@ -242,6 +247,8 @@ class Checkpointer:
         return name
 
     def _save(self, progress: Progress, metrics: Mapping[str, float]) -> str:
+        if not self._count and self._ranks.rank == 0:
+            self._report_another()
         save = Save(_step_of(progress), time.perf_counter())
         try:
             saved = self._stage(save, progress, metrics)
@@ -254,6 +261,14 @@ class Checkpointer:
         progress.take(saved)
         save.blocked = time.perf_counter() - save.began
         return f"{self._storage.root}/{step_name(save.step)}"
+
+    def _report_another(self) -> None:
+        """Two that save take each other's lease of the run, and sweep each other's attempts."""
+        root = os.path.realpath(self._storage.root)
+        for other in list(_open):
+            if other is not self and other._count and not other._is_closed and os.path.realpath(other._storage.root) == root:
+                logger.warning("another Checkpointer of this process saves in %s too: close() one before the other saves", root)
+                return
 
     def _stage(self, save: Save, progress: Progress, metrics: Mapping[str, float]) -> Progress:
         captured = self._capture(progress, metrics)
@@ -312,6 +327,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
+            self._is_closed = True
             self._saves.close()
 
     def _defer(self, progress: Progress, metrics: Mapping[str, float], told: str) -> None:
@@ -583,6 +599,10 @@ class Checkpointer:
             return max(found.values(), default=0.0)
 
         return max(self._ranks.gather("compare with the stored files", compare))
+
+
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+"""Of this process."""
 
 
 def _listed(events: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,19 @@ from msgspec.structs import asdict
 from engine.errors import UsageError
 
 logger = logging.getLogger("engine")
+
+
+_counts: Counter[str] = Counter()
+
+
+def warn_counted(key: str, text: str, *args: object) -> None:
+    """Warn of something that may come at every save: the first time, and then with how often, at the 10th, the 100th and so on."""
+    _counts[key] += 1
+    count = _counts[key]
+    if count == 1:
+        logger.warning(text, *args)
+    elif str(count).strip("0") == "1":
+        logger.warning(text + " (%d times so far)", *args, count)
 
 
 class Ticker:
@@ -85,7 +99,7 @@ def sink_of(target: Any) -> Sink:
 def emit(event: SaveEvent, sinks: Sequence[Sink]) -> None:
     """To the log, and to every sink; one that fails is told, and costs no checkpoint."""
     reused = f", {event.reused_bytes / 1e6:.1f} MB of them reused" if event.reused_bytes else ""
-    slowest = f"; {event.steps} steps meanwhile, the slowest {event.step_max_seconds:.3f} s" if event.steps else ""
+    slowest = f"; {event.steps} step{'s' * (event.steps != 1)} meanwhile, the slowest {event.step_max_seconds:.3f} s" if event.steps else ""
     logger.info(
         "saved step %d: %.1f MB by this rank%s; training waited %.3f s, durable after %.2f s, visible after %.2f s%s",
         event.step, event.size_bytes / 1e6, reused, event.blocked_seconds, event.written_seconds, event.committed_seconds, slowest,
@@ -94,4 +108,4 @@ def emit(event: SaveEvent, sinks: Sequence[Sink]) -> None:
         try:
             sink(event)
         except Exception as e:  # noqa: BLE001 - a tracker's failure must not become the checkpoint's
-            logger.warning("an event of the save of step %d was not taken: %r", event.step, e)
+            warn_counted(f"sink {type(sink)} {e!r}", "an event of the save of step %d was not taken: %r", event.step, e)

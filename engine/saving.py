@@ -23,7 +23,7 @@ import torch
 
 from engine.catalog import Retention
 from engine.errors import EngineError, PeerError
-from engine.events import SaveEvent, Sink, emit
+from engine.events import SaveEvent, Sink, emit, warn_counted
 from engine.format.manifest import IndexEntry, Manifest, Summary
 from engine.format.names import attempt_name, step_name
 from engine.plan.image import ShardLayout
@@ -225,7 +225,7 @@ class Saves:
                 if len(self._images) < self._max_in_flight and self._allocate(len(self._images), image_bytes(layout)):
                     continue
                 if not told:
-                    logger.warning("%d saves are still in flight: this one waits. Save less often, or on faster storage", len(used))
+                    warn_counted("waits", "%d saves are still in flight: this one waits. Save less often, or on faster storage", len(used))
                     told = True
                 self._changed.wait()
 
@@ -307,7 +307,7 @@ class Saves:
             try:
                 save.tidy(summaries[0])
             except Exception as e:  # noqa: BLE001 - the checkpoint is safe; the next save clears up
-                logger.warning("clearing up after step %d: %s", save.step, e)
+                warn_counted("tidy", "clearing up after step %d: %s", save.step, e)
 
     def _write(self, save: Save) -> dict[str, Any]:
         if save.failure is not None:

@@ -20,11 +20,12 @@ from engine.errors import EngineError, UsageError  # noqa: E402
 from engine.storage import LocalStorage  # noqa: E402
 from recipes.lib.arguments import RecipeParser  # noqa: E402
 
-FLAGS = (
-    *("--train-manifest", "preprocessed_amharic/train_pairs.jsonl"),
-    *("--val-manifest", "preprocessed_amharic/val_pairs.jsonl"),
-    *("--tokenizer", "tokenizers/amharic_extended_bpe.model"),
-)
+ELSEWHERE = {
+    "--train-manifest": "preprocessed_amharic/train_pairs.jsonl",
+    "--val-manifest": "preprocessed_amharic/val_pairs.jsonl",
+    "--tokenizer": "tokenizers/amharic_extended_bpe.model",
+}
+"""Data that did not come from prepare_amharic.py, whose place the recipe knows; these are used where the first is there."""
 HYPER_PARAMETERS = (
     *("--learning-rate", "5e-6"),
     *("--text-loss-weight", "0.4"),
@@ -44,7 +45,8 @@ def command(recipe: Path, output_dir: Path, further: Sequence[str]) -> list[str]
         print("🆕 No checkpoint found")
         print("🚀 Starting fresh training...")
     resume = ("--resume", "auto") if found else ()
-    return [sys.executable, str(recipe), *FLAGS, "--output-dir", str(output_dir), *HYPER_PARAMETERS, *resume, *further]
+    data = [part for flag in ELSEWHERE.items() for part in flag] if Path(ELSEWHERE["--train-manifest"]).exists() else []
+    return [sys.executable, str(recipe), *data, "--output-dir", str(output_dir), *HYPER_PARAMETERS, *resume, *further]
 
 
 def make_parser() -> RecipeParser:

@@ -1,6 +1,6 @@
 """Check that a tokenizer, the pairs made with it and a model fit each other, before a GPU is rented.
 
-python recipes/verify_amharic_training.py --tokenizer DIR/tokenizers/amharic_extended_bpe.model --base-vocab-size 300
+python recipes/verify_amharic_training.py --tokenizer DIR/tokenizers/amharic_extended_bpe.model
 """
 
 import argparse
@@ -23,6 +23,7 @@ from recipes.lib.arguments import RecipeParser, positive  # noqa: E402
 from recipes.lib.indextts import TEXT_TABLES, read_state  # noqa: E402
 from recipes.lib.pairs import Pair  # noqa: E402
 
+FULL = 12_000  # the base vocabulary of IndexTTS
 ENOUGH = 0.98  # of the texts must come back from the tokenizer: a rare character may be missing from one that is not made of these
 
 
@@ -117,8 +118,19 @@ def check_checkpoint(path: Path, size: int) -> None:
     print(f"✓ Checkpoint's text tables have {size} + 1 rows")
 
 
+def beside(args: argparse.Namespace) -> Path | None:
+    """The base tokenizer that prepare_amharic.py wrote beside the extended one, where it has learned both."""
+    path = args.tokenizer.with_name("base_bpe.model")
+    return path if path.exists() and path != args.tokenizer else None
+
+
 def verify(args: argparse.Namespace) -> None:
     model, base = tokenizer.load(args.tokenizer), args.base_vocab_size
+    if base is None:
+        base_path = args.base_tokenizer or beside(args)
+        base = tokenizer.load(base_path).get_piece_size() if base_path else FULL
+        args.base_tokenizer = base_path
+        print(f"Base vocabulary: {base} pieces" + (f", as {base_path} has" if base_path else ""))
     check_vocabulary(args.tokenizer, model, base)
     if args.base_tokenizer:
         check_base(args.tokenizer, args.base_tokenizer, model, base)
@@ -134,7 +146,7 @@ def make_parser() -> RecipeParser:
     parser = RecipeParser(description=(__doc__ or "").partition("\n\n")[0])
     flag = parser.flag
     flag("--tokenizer", type=Path, default=Path("data/amharic/tokenizers/amharic_extended_bpe.model"), help="the extended sentencepiece model")
-    flag("--base_vocab_size", type=positive, default=12_000, help="pieces of the tokenizer that it extends; 300 for the tiny preset's")
+    flag("--base_vocab_size", type=positive, help=f"pieces of the tokenizer that it extends; default: those of base_bpe.model beside it, else {FULL}")
     flag("--base_tokenizer", type=Path, help="that tokenizer: its pieces must be unchanged in the extended one")
     flag("--train_pairs", type=Path, help="pairs, one a line: their text ids must be this tokenizer's")
     flag("--checkpoint", type=Path, help="folder of a run or step, or a .pth or .safetensors file: its text tables must fit")

@@ -690,9 +690,9 @@ def test_words_that_are_not_known_and_texts_for_lists_are_refused(tmp_path):
     save(tmp_path, Net())
     with pytest.raises(UsageError, match="verify='some' is not known; use one of 'sample', 'all', 'off'"):
         resume(tmp_path, Net(), how={"verify": "some"})
-    with pytest.raises(UsageError, match=r"allow_missing='optim\.\*' is a text"):
+    with pytest.raises(UsageError, match=r"allow_missing='optim\.\*': give a list of texts"):
         resume(tmp_path, Net(), how={"allow_missing": "optim.*"})
-    with pytest.raises(UsageError, match=r"override='lr' is a text"):
+    with pytest.raises(UsageError, match=r"override='lr': give a list of texts, override=\['lr'\]"):
         resume(tmp_path, Net(), how={"override": "lr"})
 
 

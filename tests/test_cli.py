@@ -110,9 +110,17 @@ def test_ls_of_a_folder_of_runs_lists_them(run, capsys):
     (run.parent / "base/run_010").mkdir()
     head, two, ten = printed(capsys, "ls", run.parent / "base")
     assert head.split()[:2] == ["run", "experiment"]
-    assert two.split()[0] == "002"
+    assert two.split()[0] == "run_002"
     assert two.endswith("val_loss=0.25 at step 10")
-    assert ten.split()[0] == "010"
+    assert ten.split()[0] == "run_010"
+
+
+def test_ls_finds_every_run_below_a_folder(run, capsys):
+    shutil.copytree(run, run.parent / "base/vocabulary/first try")
+    shutil.move(run, run.parent / "base/one")
+    (run.parent / "base/empty").mkdir()
+    _, *rows = printed(capsys, "ls", run.parent / "base")
+    assert [row.split("  ")[0].strip() for row in rows] == ["one", "vocabulary/first try"]
 
 
 def test_ls_of_a_hundred_steps_is_instant_and_imports_neither_torch_nor_numpy(tmp_path):

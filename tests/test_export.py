@@ -264,3 +264,47 @@ def test_safetensors_are_streamed_and_need_no_torch(tmp_path):
     assert has_torch == "False"
     assert int(more_kib) < 40_000
     assert torch.equal(load_file(tmp_path / "model.safetensors")["b"], values["model.b"])
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.a(x)))
+
+
+def lora(**options):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(Tower(), LoraConfig(target_modules=["a"], r=2, **options))  # type: ignore[arg-type]
+
+
+def two_adapters():
+    from peft import LoraConfig
+
+    model = lora()
+    model.add_adapter("second", LoraConfig(target_modules=["a"], r=3))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [lora, lambda: lora(modules_to_save=["head"]), two_adapters, lambda: nn.Sequential(lora(), nn.Linear(4, 4)), lambda: torch.compile(lora())],
+    ids=["one", "with a saved module", "two", "below the top level", "compiled"],
+)
+def test_an_adapted_model_has_pefts_own_keys(tmp_path, make_model):
+    """The checkpoint's names are the base model's, so that either loads the other's; a file is for PEFT to load."""
+    model = make_model()
+    Checkpointer(tmp_path / "run", model).save(Progress(step=1))
+    export_model(tmp_path / "run", "latest", tmp_path / "model.safetensors")
+    expected = {key.removeprefix("_orig_mod."): value for key, value in model.state_dict().items()}
+    assert equal(load_file(tmp_path / "model.safetensors"), expected)
+
+
+def test_keys_that_are_no_texts_are_damage(tmp_path):
+    write_step(tmp_path, {"model.a": torch.zeros(2)}, step=1, record={"models": {"": {"keys": {"a": 3}}}})
+    with pytest.raises(CheckpointCorrupt, match="not as this version writes it"):
+        export_model(tmp_path, "latest", tmp_path / "model.safetensors")

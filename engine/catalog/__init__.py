@@ -8,7 +8,7 @@ from engine.catalog.pointers import point_best
 from engine.catalog.removal import delete_step, restore, sweep
 from engine.catalog.resolve import find
 from engine.catalog.retention import Retention, expired
-from engine.catalog.runs import Run, find_run, new_run, runs
+from engine.catalog.runs import Run, find_run, new_run, runs, runs_below
 from engine.catalog.tidy import tidy
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "read_summary",
     "restore",
     "runs",
+    "runs_below",
     "steps",
     "summaries",
     "sweep",

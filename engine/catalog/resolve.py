@@ -12,6 +12,7 @@ from engine.catalog.pointers import read_pointer
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, UsageError
 from engine.format.manifest import MANIFEST
 from engine.format.names import BEST, LATEST, parse_step, step_name
+from engine.options import local_path
 from engine.storage import LocalStorage, Storage
 
 __all__ = ["find", "read_manifest", "read_summary"]
@@ -47,7 +48,7 @@ def find(run: str | os.PathLike[str], what: str, *, names: Literal["tolerate", "
 
 
 def _by_path(what: str, storage: Storage, names: str) -> tuple[Storage, str]:
-    path = os.path.abspath(what)
+    path = os.path.abspath(local_path("what to resume", what))
     if os.path.lexists(os.path.join(path, MANIFEST)):
         return LocalStorage(os.path.dirname(path)), os.path.basename(path)
     other = LocalStorage(path)

@@ -20,6 +20,8 @@ class Retention:
     last: int | None = None
     every: int | None = None
     best: int | None = None
+    abandoned: bool = True
+    """Whether steps of lines of training that were left, by a resume from an earlier step, stay."""
 
     def __post_init__(self) -> None:
         for name in ("last", "every", "best"):
@@ -30,8 +32,8 @@ class Retention:
 def expired(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retention) -> list[str]:
     """The folders of ``steps`` to delete, oldest first, once ``latest`` is the newest.
 
-    Steps of lines that were left stay: nobody knows which of them is wanted. So does everything if ``latest`` is not among
-    ``steps``, because then the current line is not known.
+    Steps of lines that were left stay where ``retention.abandoned`` says so: nobody knows which of them is wanted. So does
+    everything if ``latest`` is not among ``steps``, because then the current line is not known.
     """
     head = dict(steps).get(latest)
     if retention.last is None or head is None:
@@ -42,4 +44,12 @@ def expired(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retent
         kept.update(name for name, s in line if s.step % retention.every == 0)
     if retention.best is not None:
         kept.update(name for name, _ in ranked(line, head.monitor, head.mode)[: retention.best])
-    return [name for name, _ in line if name not in kept]
+    left = [] if retention.abandoned else left_behind(steps, latest)
+    return [name for name, _ in sorted([*line, *left], key=lambda step: step[1].step) if name not in kept]
+
+
+def left_behind(steps: Sequence[tuple[str, Summary]], latest: str) -> list[tuple[str, Summary]]:
+    """Return the steps that are not on the line that led to ``latest``."""
+    head = dict(steps).get(latest)
+    line = {name for name, _ in line_to(head, steps)} if head is not None else set[str]()
+    return [(name, s) for name, s in steps if line and name not in line]

@@ -29,7 +29,7 @@ class Run(Struct, frozen=True):
     value of the metric ``monitor``; None where none is known.
     """
 
-    number: int
+    number: int | None
     path: str
     experiment: str = ""
     created: float | None = None
@@ -41,9 +41,22 @@ class Run(Struct, frozen=True):
 
 
 def runs(base: str | os.PathLike[str]) -> list[Run]:
-    """The runs below ``base``, by number; none if it does not exist. What is damaged or deleted meanwhile is told as far as it can be."""
+    """The runs right below ``base``, by number; none if it does not exist. What is damaged or deleted meanwhile is told as far as it can be."""
     storage = LocalStorage(base)
-    return [_describe(storage, number) for number in _numbers(storage)]
+    return [_describe(f"{storage.root}/{run_name(number)}", number) for number in _numbers(storage)]
+
+
+def runs_below(base: str | os.PathLike[str]) -> list[Run]:
+    """Every run below ``base``, whatever its name and however deep: folders that have committed steps, and those of numbered runs."""
+    root, found = LocalStorage(base).root, []
+    for folder, inner, _ in os.walk(root):
+        inner.sort()
+        number = parse_run(os.path.basename(folder)) if folder != root else None
+        if number is not None or (folder != root and steps(LocalStorage(folder))):
+            found.append(_describe(folder, number))
+            inner.clear()
+        inner[:] = [name for name in inner if not name.startswith(".")]
+    return found
 
 
 def new_run(base: str | os.PathLike[str]) -> str:
@@ -70,7 +83,7 @@ def find_run(base: str | os.PathLike[str], which: int | str) -> Run:
         raise UsageError(f"{which!r} names no run; give its number, or 'latest'")
     number = which if isinstance(which, int) else max(numbers, default=0)
     if number in numbers:
-        return _describe(storage, number)
+        return _describe(f"{storage.root}/{run_name(number)}", number)
     if not numbers:
         raise CheckpointNotFound(f"there are no runs in {storage.root}. Start one first, or check the path")
     shown = numbers if len(numbers) <= 8 else [*numbers[:2], "…", *numbers[-5:]]
@@ -82,13 +95,12 @@ def _numbers(storage: Storage) -> list[int]:
     return sorted(number for number, name in found if os.path.isdir(f"{storage.root}/{name}"))
 
 
-def _describe(base: Storage, number: int) -> Run:
-    path = f"{base.root}/{run_name(number)}"
+def _describe(path: str, number: int | None) -> Run:
     storage = LocalStorage(path)
     try:
         known, told = read_run_file(storage), _from_steps(storage)
     except EngineError as e:
-        logger.warning("run %d is listed without its checkpoints: %s", number, e)
+        logger.warning("run %s is listed without its checkpoints: %s", path if number is None else number, e)
         return Run(number, path)
     experiment, created = known.get("experiment_name"), _seconds(known.get("created"))
     if created is not None:

@@ -1,6 +1,8 @@
 """``engine ls``: the steps of a run, or the runs below a folder. From the heads of manifests alone."""
 
-from engine.catalog import Run, Step, descends_from, find, read_summary, runs, steps
+import os
+
+from engine.catalog import Run, Step, descends_from, find, read_summary, runs_below, steps
 from engine.cli.text import megabytes, moment, numbers, printable, table
 from engine.errors import CheckpointNotFound, EngineError
 from engine.format.manifest import Summary
@@ -14,10 +16,10 @@ def list_steps_or_runs(path: str) -> list[str]:
     found = steps(storage)
     if found:
         return _steps(storage, found)
-    below = runs(path)
+    below = runs_below(path)
     if not below:
-        raise CheckpointNotFound(f"there is no committed step in {storage.root}, and no run_001, run_002, …; check the path")
-    return _runs(below)
+        raise CheckpointNotFound(f"there is no committed step in {storage.root}, and no run below it; check the path")
+    return _runs(storage.root, below)
 
 
 def _steps(storage: Storage, found: list[Step]) -> list[str]:
@@ -63,10 +65,10 @@ def _named(storage: Storage, pointer: str) -> str:
         return ""
 
 
-def _runs(below: list[Run]) -> list[str]:
+def _runs(root: str, below: list[Run]) -> list[str]:
     rows = []
     for run in below:
         created = "" if run.created is None else moment(run.created)
         best = "" if run.best is None else f"{run.monitor}={run.best:.4g} at step {run.best_step}"
-        rows.append([f"{run.number:03d}", run.experiment, created, str(run.steps), str(run.saves), best])
-    return table([">run", "experiment", "begun (UTC)", ">steps", ">saves", "best"], rows)
+        rows.append([printable(os.path.relpath(run.path, root)), run.experiment, created, str(run.steps), str(run.saves), best])
+    return table(["run", "experiment", "begun (UTC)", ">steps", ">saves", "best"], rows)

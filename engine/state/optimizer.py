@@ -246,7 +246,9 @@ def local_states(optimizer: torch.optim.Optimizer) -> list[str]:
     """
     alike, larger = dict[str, bool](), set[str]()
     for holder, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(holder, DTensor) else ():
+        if not isinstance(holder, DTensor):
+            continue
+        for key, value in state.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.ndim:
                 alike[key] = alike.get(key, True) and value.shape == holder._local_tensor.shape
                 if value.numel() > 1:

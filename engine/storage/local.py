@@ -121,7 +121,10 @@ def _open_regular(path: str) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e:
         if e.errno == errno.ELOOP:
-            raise CheckpointCorrupt(f"{path} is a symbolic link; a checkpoint holds regular files only") from e
+            raise CheckpointCorrupt(
+                f"{path} is a symbolic link; a checkpoint holds regular files only. Where a cache has put links in their place, copy what they "
+                "point to: cp -rL FROM TO"
+            ) from e
         raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

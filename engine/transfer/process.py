@@ -59,7 +59,7 @@ class Settings(Struct, tag=True):
     root: str
     rank: int
     holder: str
-    retention: tuple[int | None, int | None, int | None]
+    retention: tuple[int | None, int | None, int | None, bool]
 
 
 class Plan(Struct, tag=True):

@@ -37,11 +37,11 @@ class Journal:
             self._console.print(text, markup=False)
 
     def open(self, run_dir: Path, *, step: int, total_steps: int, logs: str = "") -> None:
-        """Start the bar and the scalars at ``step``; scalars of later steps, left by an abandoned line, are hidden. ``logs``: a folder of
+        """Start the bar and the scalars after ``step``; scalars of later steps, left by an abandoned line, are hidden. ``logs``: a folder of
         this start's own below ``RUN/logs``."""
         if not self._speaks:
             return
-        self._scalars = SummaryWriter(str(run_dir / "logs" / logs), purge_step=step)
+        self._scalars = SummaryWriter(str(run_dir / "logs" / logs), purge_step=step + 1)
         if self._console.is_terminal:
             columns = (
                 TextColumn("step"),

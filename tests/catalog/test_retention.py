@@ -52,6 +52,13 @@ def test_other_lines_stay_whole_and_do_not_count():
     assert gone(found, 30, last=1) == [10, 20]
 
 
+def test_other_lines_go_where_that_is_asked_for():
+    found = [summary(10), summary(20), summary(30), summary(25, branch(20)), summary(35, branch(20))]
+    assert gone(found, 35, last=1, abandoned=False) == [10, 20, 25, 30]
+    assert gone(found, 35, abandoned=False) == [], "without last, all stay"
+    assert gone(found, 60, last=1, abandoned=False) == [], "which line is the current one is not known"
+
+
 def test_where_the_latest_is_not_the_highest_later_numbers_stay():
     assert gone(LINE, 30, last=1) == [10, 20]
 

@@ -410,11 +410,17 @@ def smart_train(cwd: Path, child: str, *argv: object) -> subprocess.CompletedPro
 
 
 SAYS = "import sys; print('child', *sys.argv[1:])\n"
-FRESH = (
+FRESH = "--output-dir trained_ckpts_fixed --learning-rate 5e-6 --text-loss-weight 0.4 --mel-loss-weight 0.6 --warmup-steps 2000 --amp"
+ELSEWHERE = (
     "--train-manifest preprocessed_amharic/train_pairs.jsonl --val-manifest preprocessed_amharic/val_pairs.jsonl "
-    "--tokenizer tokenizers/amharic_extended_bpe.model --output-dir trained_ckpts_fixed --learning-rate 5e-6 --text-loss-weight 0.4 "
-    "--mel-loss-weight 0.6 --warmup-steps 2000 --amp"
+    "--tokenizer tokenizers/amharic_extended_bpe.model "
 )
+
+
+def test_data_that_are_elsewhere_are_found(tmp_path):
+    (tmp_path / "preprocessed_amharic").mkdir()
+    (tmp_path / "preprocessed_amharic/train_pairs.jsonl").touch()
+    assert smart_train(tmp_path, SAYS).stdout.splitlines()[-1] == f"child {ELSEWHERE}{FRESH}"
 
 
 def test_without_a_checkpoint_training_starts_afresh(tmp_path):
