@@ -105,9 +105,11 @@ class Checkpointer:
         names: whether folders with invalid step names in the run are tolerated on resume, or refused.
         max_in_flight: how many saves may be behind training at once, each with an image of this rank's state in memory; a further one
             waits. With 0, ``save`` returns when its checkpoint is durable and visible, and takes no memory.
-        on_failure: whether a save that fails behind training raises at the next call, or is a warning and training goes on.
+        on_failure: whether a save that fails behind training raises at the next call, or is a warning and training goes on: then a save
+            that is given up because a rank did not come in time does not keep later ones from being saved.
         events: functions that are given a :class:`~engine.events.SaveEvent` for each save, TensorBoard writers, or W&B runs.
-        timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`.
+        timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`. A rank whose
+            writer is seen to write is waited for longer.
 
     A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``, where
     lists stand for several. What its objects list in their own ``state_dict`` and can be neither sharded nor carried is refused by name:
@@ -168,7 +170,9 @@ class Checkpointer:
         holder = self._see_one_folder()
         keep = self._retention
         settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best, keep.abandoned))
-        self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
+        self._saves = Saves(
+            current_ranks(timeout_seconds, own_client=True, recovers=on_failure == "warn"), self._storage, settings, max_in_flight, on_failure, sinks
+        )
         watch_steps(self._members.optimizers(), self._saves)
         self._writer = dcp.ShardWriter(self._ranks.rank)
         self._plans = Plans(self._ranks.rank, self._ranks.world_size, max_in_flight)

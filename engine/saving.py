@@ -344,7 +344,7 @@ class Saves:
             image = self._images[save.slot]
             process.tell(UseImage(save.slot, image.size_bytes), image.fd)
             self._told.add(save.slot)
-        answer = process.ask(f"write step {save.step}", Write(save.slot, save.attempt, save.record, self.committed))
+        answer = process.ask(f"write step {save.step}", Write(save.slot, save.attempt, save.record, self.committed), self._ranks.sign)
         return msgspec.convert(answer, Written)
 
     def _ask_commit(self, save: Save, manifest: Manifest) -> None:

@@ -4,12 +4,14 @@ A *round* is: every rank does its part, reports its result or its error, and rea
 and decides; the decision is a single compare-and-set, so a rank that gives up waiting and rank 0 cannot decide differently.
 """
 
+import contextlib
 import os
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -20,6 +22,7 @@ _POLL_SECONDS = (0.0005, 0.1)  # first and longest pause between two looks at th
 _LOOKS_A_SECOND = 10_000  # of all waiting ranks together: each look costs the store some 10 µs of its one thread
 _TOGETHER = -1  # in place of a rank: what rank 0 concluded from all reports
 _TOKEN_BYTES = 8
+_SIGN_SHARE = 0.1  # of the timeout, between two signs of life
 _GRACE = 1.25  # ranks wait longer for the decision than rank 0 for the reports, so that the decision can name who is missing
 
 
@@ -38,6 +41,10 @@ class _Failure(msgspec.Struct):
     kind: str
     message: str
     trace: str = ""
+    is_late: bool = False
+    """A rank did not come in time."""
+    ends: bool = False
+    """Ranks make different calls: no further round can be told from another."""
 
 
 class _Report(msgspec.Struct):
@@ -59,15 +66,18 @@ def _failure(rank: int, error: BaseException) -> _Failure:
 class Ranks:
     """The ranks of one job, seen from one of them.
 
-    Values that travel are what msgpack carries: None, bool, int, float, str, bytes, list, dict.
+    Values that travel are what msgpack carries: None, bool, int, float, str, bytes, list, dict. ``recovers``: a round that was given up,
+    because a rank did not come in time, does not end the rounds after it: that rank finds the decision when it comes.
     """
 
     rank: int = 0
     world_size: int = 1
     store: Store | None = None
     timeout_seconds: float = 600.0
+    recovers: bool = False
     _number: int = 0
     _broken: str = ""
+    _signed: float = 0.0
 
     def gather(self, what: str, act: Callable[[], Any]) -> list[Any]:
         """Run ``act`` here and return every rank's result, in rank order.
@@ -147,6 +157,19 @@ class Ranks:
             pass
         self._broken = self._broken or "the ranks have left"
 
+    def sign(self) -> None:
+        """Show the other ranks that this one lives, while it does its part of a round that takes long: they wait on. Any thread that
+        is in :meth:`round` calls this, as often as it likes."""
+        now = time.monotonic()
+        if self.store is not None and now - self._signed > self.timeout_seconds * _SIGN_SHARE:
+            with contextlib.suppress(RuntimeError, OSError):  # the report after it finds out
+                self._show_life(f"lockstep/{self._number + 1}")
+
+    def _show_life(self, prefix: str) -> None:
+        assert self.store is not None
+        self._signed = time.monotonic()
+        self.store.set(f"{prefix}/alive/{self.rank}", os.urandom(_TOKEN_BYTES))
+
     def _report(self, what: str, report: _Report) -> str:
         """Opens the next round; returns its prefix in the store."""
         assert self.store is not None
@@ -174,31 +197,35 @@ class Ranks:
                 decision = self._decide(prefix, conclude)
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(decision))
                 self.store.delete_key(f"lockstep/{self._number - 1}/decision")  # all reported since, so all have read it
-            elif self._wait([f"{prefix}/decision"], self.timeout_seconds * _GRACE):
+            elif self._wait([f"{prefix}/decision"], self.timeout_seconds * _GRACE, {f"{prefix}/decision": f"{prefix}/alive/0"}):
                 raw = self.store.get(f"{prefix}/decision")
             else:
-                lost = _Failure(
-                    0, "PeerError", f"rank {self.rank} waited {self.timeout_seconds * _GRACE:.0f} s for rank 0; it is dead, stuck or much slower"
-                )
+                patience = f"{self.timeout_seconds * _GRACE:.0f} s"
+                message = f"rank {self.rank} waited {patience} for rank 0; it is dead, stuck or much slower"
+                lost = _Failure(0, "PeerError", message, is_late=True)
                 raw = self.store.compare_set(f"{prefix}/decision", "", msgspec.msgpack.encode(_Decision(failure=lost)))
             self.store.delete_key(f"{prefix}/{self.rank}")  # decided: it has been read, or will never be
+            if self._signed:
+                self.store.delete_key(f"{prefix}/alive/{self.rank}")
+                self._signed = 0.0
         except (RuntimeError, OSError) as e:  # torch raises DistStoreError/DistNetworkError, both RuntimeErrors
             raise self._lost(what, e) from e
         decision = msgspec.msgpack.decode(raw, type=_Decision)
-        if decision.failure is not None and decision.failure.kind == "PeerError" and decision.failure.rank != _TOGETHER:
+        if decision.failure is not None and (decision.failure.ends or (decision.failure.is_late and not self.recovers)):
             self._broken = f"{what}: {decision.failure.message}"
         return decision
 
     def _decide(self, prefix: str, conclude: Callable[[list[Any]], Any]) -> _Decision:
         assert self.store is not None
         keys = [f"{prefix}/{rank}" for rank in range(self.world_size)]
-        if not self._wait(keys, self.timeout_seconds):
+        signs = {key: f"{prefix}/alive/{rank}" for rank, key in enumerate(keys)}
+        if not self._wait(keys, self.timeout_seconds, signs, lambda: self._show_life(prefix)):
             missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
             message = (
                 f"ranks {missing[:16]} did not report within {self.timeout_seconds:.0f} s. Either they did not make this call, which every rank must "
                 "make (`if rank == 0:` around it prevents that), or they crashed or hang: look at their logs"
             )
-            return _Decision(failure=_Failure(missing[0] if missing else 0, "PeerError", message))
+            return _Decision(failure=_Failure(missing[0] if missing else 0, "PeerError", message, is_late=True))
         reports = [msgspec.msgpack.decode(raw, type=_Report) for raw in self._read(keys)]
         failures = [report.failure for report in reports if report.failure is not None]
         if failures:
@@ -208,7 +235,7 @@ class Ranks:
                 f"ranks {elsewhere[:16]} are at '{reports[elsewhere[0]].what}' while rank 0 is at '{reports[0].what}'; every rank must make the same "
                 "calls in the same order (`if rank == 0:` around one prevents it)"
             )
-            return _Decision(failure=_Failure(elsewhere[0], "PeerError", message))
+            return _Decision(failure=_Failure(elsewhere[0], "PeerError", message, ends=True))
         try:
             return _Decision(conclude([report.value for report in reports]))
         except Exception as e:  # noqa: BLE001 - a decision must be made: all wait for it
@@ -218,9 +245,13 @@ class Ranks:
         store: Any = self.store
         return store.multi_get(keys) if getattr(store, "has_extended_api", bool)() else [store.get(key) for key in keys]
 
-    def _wait(self, keys: list[str], timeout_seconds: float) -> bool:
-        """Polls, because the store's own wait cannot be interrupted and reports each time-out to stderr."""
+    def _wait(
+        self, keys: list[str], timeout_seconds: float, signs: Mapping[str, str] = MappingProxyType({}), go_on: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Wait for all ``keys``, again for as long as each that is missing has shown a new sign of life (``signs``, by key), which calls
+        ``go_on``. Polls, because the store's own wait cannot be interrupted and reports each time-out to stderr."""
         assert self.store is not None
+        seen: dict[str, bytes] = {}
         deadline = time.monotonic() + timeout_seconds
         pause, longest = _POLL_SECONDS
         if self.rank:  # they all look at once; rank 0 looks alone
@@ -228,7 +259,12 @@ class Ranks:
         while not self.store.check(keys):
             left = deadline - time.monotonic()
             if left <= 0:
-                return False
+                missing = [key for key in keys if not self.store.check([key])]
+                found = {key: self.store.get(signs[key]) for key in missing if key in signs and self.store.check([signs[key]])}
+                if any(found.get(key) in (None, seen.get(key)) for key in missing):
+                    return False
+                seen, deadline, left = found, time.monotonic() + timeout_seconds, timeout_seconds
+                go_on()
             time.sleep(min(pause, left))
             pause = min(pause * 1.5, longest)
         return True
@@ -270,7 +306,7 @@ class _Job:
 _job: _Job | None = None
 
 
-def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False) -> Ranks:
+def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False, recovers: bool = False) -> Ranks:
     """The ranks of ``torch.distributed``'s default group; one rank where it is not initialised.
 
     Every rank calls this the same number of times, in the same order: each call opens a name space of its own in the store. The first
@@ -289,7 +325,7 @@ def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False) -> R
     _job.count += 1
     client = default.clone() if own_client else default
     store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_job.name}-{_job.count}", client)
-    return Ranks(rank, world_size, store, timeout_seconds)
+    return Ranks(rank, world_size, store, timeout_seconds, recovers)
 
 
 def world_size() -> int:

@@ -25,3 +25,9 @@ def pools() -> Iterator[Pools]:
     found = Pools()
     yield found
     found.close()
+
+
+@pytest.fixture(autouse=True)
+def _empty_working_directory(monkeypatch, tmp_path_factory):
+    """What a person has trained in the clone, and what a test writes by a relative path, is no other test's business."""
+    monkeypatch.chdir(tmp_path_factory.getbasetemp())

@@ -178,6 +178,39 @@ def test_after_a_lost_rank_every_further_round_fails_at_once(hash_store):
     assert all(seconds < 0.1 for seconds in together(hash_store, act, [0, 1, 2], timeout_seconds=0.8).values())
 
 
+def test_after_a_round_that_was_given_up_ranks_that_recover_go_on(hash_store):
+    """One rank comes late to the first round: it learns there that it was given up, and all meet in the second."""
+
+    def act(ranks):
+        ranks.recovers = True
+        if ranks.rank == 2:
+            time.sleep(1.0)
+        with pytest.raises(PeerError, match=r"ranks \[2\] did not report"):
+            ranks.gather("save", lambda: None)
+        ranks.timeout_seconds = 20.0
+        return ranks.gather("save", lambda: ranks.rank)
+
+    assert together(hash_store, act, timeout_seconds=0.3) == {rank: [0, 1, 2, 3] for rank in range(WORLD)}
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_rank_that_is_slow_but_lives_is_waited_for(hash_store, slow):
+    """Longer than the timeout, for as long as it shows signs of life; nothing of them is left in the store."""
+
+    def act(ranks):
+        def work():
+            end = time.monotonic() + 2.0
+            while ranks.rank == slow and time.monotonic() < end:
+                ranks.sign()
+                time.sleep(0.01)
+            return ranks.rank
+
+        return ranks.gather("save", work)
+
+    assert together(hash_store, act, timeout_seconds=0.4) == {rank: [0, 1, 2, 3] for rank in range(WORLD)}
+    assert not any(hash_store().check([f"lockstep/1/alive/{rank}"]) for rank in range(WORLD))
+
+
 class LostStore:
     """A store whose host has ended after some calls."""
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -194,7 +195,7 @@ class WriterProcess:
         """An order without an answer."""
         self._send(type(order).__name__, order, fd)
 
-    def ask(self, what: str, order: Order) -> Any:
+    def ask(self, what: str, order: Order, on_alive: Callable[[], None] = lambda: None) -> Any:
         """The answer's value. Raises what the process raised, with its traceback, or :class:`StorageError` if it died, or gave no sign
         of life for the timeout."""
         self._send(what, order)
@@ -203,6 +204,7 @@ class WriterProcess:
             answer = self._receive(what)
             if isinstance(answer, Alive):
                 ticker.add(answer.size_bytes)
+                on_alive()
             if isinstance(answer, Done):
                 return answer.value
             if isinstance(answer, Failed):
