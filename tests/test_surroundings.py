@@ -156,3 +156,43 @@ def test_a_fresh_start_says_loudly_where_it_looked(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert Checkpointer(tmp_path / "rnu", make(), max_in_flight=0).resume(missing="fresh") == Progress()
     assert f"STARTING FRESH: there is no checkpoint: the run folder {tmp_path}/rnu does not exist" in caplog.text
+
+
+class Warmup:
+    """As DeepSpeed's schedulers: it sets rates, and leaves no ``initial_lr`` in the groups."""
+
+    def __init__(self, optimizer) -> None:
+        self.optimizer, self.count = optimizer, -1
+        self.step()
+
+    def step(self) -> None:
+        self.count += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01 * self.count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state) -> None:
+        self.count = state["count"]
+
+
+def test_a_rate_that_a_scheduler_sets_is_not_reported_at_every_resume(tmp_path, caplog):
+    def begin(scheduled=True, **options):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.5, "momentum": 0.9, **options})
+        return model, optimizer, Warmup(optimizer) if scheduled else None
+
+    model, optimizer, scheduler = begin()
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    Now(tmp_path, (model, optimizer, scheduler)).save(Progress(step=3))
+    member = begin()
+    Now(tmp_path, member).resume()
+    assert member[1].param_groups[0]["lr"] == 0.03
+    assert " here and " not in caplog.text
+    Now(tmp_path, begin(momentum=0.8)).resume()
+    assert "momentum is 0.8 here and 0.9 in the checkpoint" in caplog.text
+    Now(tmp_path, begin(scheduled=False)[:2]).resume()
+    assert "lr is 0.5 here and 0.03 in the checkpoint" in caplog.text

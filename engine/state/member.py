@@ -362,7 +362,7 @@ class Member:
         a.counters()  # refuses inside gradient accumulation: pending gradients belong to the weights that are replaced
         slots = self._slots()
         for state in self.optimizers:
-            lines += state.check_load(self._of(slots, state.number), load.resolve, override)
+            lines += state.check_load(self._of(slots, state.number), load.resolve, override, bool(a.schedulers and self._scheduler_records()))
         stored, load.override = self._scheduler_records(), tuple(override)
         if stored and a.schedulers and len(stored) != len(a.schedulers):
             raise IncompatibleCheckpoint(f"{self.name} has {len(a.schedulers)} schedulers here, {len(stored)} in the checkpoint; build as many")

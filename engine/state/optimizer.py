@@ -341,9 +341,10 @@ def choose_hyper_parameters(slots: Iterable[Slot], stored: list[dict[str, Any]],
 
 
 def settle_hyper_parameters(
-    optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]], override: Sequence[str]
+    optimizer: torch.optim.Optimizer, chosen: dict[int, dict[str, Any]], override: Sequence[str], is_scheduled: bool = False
 ) -> tuple[dict[int, dict[str, Any]], list[str]]:
-    """Return the values to apply, where those of this run win that ``override`` names; and every difference, worded.
+    """Return the values to apply, where those of this run win that ``override`` names; and every difference, worded. Where a scheduler
+    sets the rate here and there (``is_scheduled``), its present value is none: it differs at every resume.
 
     A rate under a scheduler (it has an ``initial_lr``) is overridden at its base: the present rate keeps its ratio to it.
     """
@@ -356,6 +357,8 @@ def settle_hyper_parameters(
                 continue
             name = "lr" if key == "initial_lr" else key
             wins = name in override
+            if key == "lr" and is_scheduled and not wins:
+                continue
             told.append(
                 f"{type(optimizer).__name__}, param group {number}: {name} is {shown(group[key])} here and {shown(values[key])} in the checkpoint; "
                 + ("this run's is used" if wins else f"the checkpoint's is used (override=({name!r},) takes this run's)")

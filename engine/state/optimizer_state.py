@@ -263,16 +263,17 @@ class OptimizerState:
         lost = sorted(name for name, tensor in full.items() if tensor is not None and 0 not in tensor.shape)  # no elements, no state
         return [LogicalTensor(f"{self.prefix}{name}.*", "F32", (), ()) for name in lost]
 
-    def check_load(self, slots: Sequence[Slot], resolve: Mapping[str, str], override: Sequence[str]) -> list[str]:
+    def check_load(self, slots: Sequence[Slot], resolve: Mapping[str, str], override: Sequence[str], is_scheduled: bool) -> list[str]:
         """After the scalars are read: refuse what this engine cannot hold. Changes nothing. Returns how this run's hyper-parameters
-        differ from the checkpoint's, of which ``override`` names those that win. Raises :class:`IncompatibleCheckpoint`."""
+        differ from the checkpoint's, of which ``override`` names those that win; ``is_scheduled``: a scheduler sets the rate in both.
+        Raises :class:`IncompatibleCheckpoint`."""
         load = self.load
         load.values = self._scalar_values(slots, resolve)
         if "whole" not in load.record:
             optim.check_holders([slot for slot in slots if 0 not in slot.piece.shape], load.values, load.states, load.kept)
             load.unseen = optim.check_kinds(self.optimizer, slots, load.states, load.kept, load.record)
         chosen = optim.choose_hyper_parameters(slots, load.record.get("groups", []), dict(resolve))
-        load.hyper_parameters, lines = optim.settle_hyper_parameters(self.optimizer, chosen, override)
+        load.hyper_parameters, lines = optim.settle_hyper_parameters(self.optimizer, chosen, override, is_scheduled)
         return lines
 
     def _scalar_values(self, slots: Sequence[Slot], resolve: Mapping[str, str]) -> optim.Scalars:

@@ -86,3 +86,19 @@ def rank_of_data(run):
     checkpointer = Checkpointer(run, nn.Linear(2, 2), data=sampler, noise=PerRank(Count()), max_in_flight=0)
     checkpointer.resume(missing="fresh")
     return next(iter(sampler))
+
+
+def a_save_is_given_up(run):
+    """Rank 1 comes to the second save once rank 0 has given it up. Returns the steps that are there."""
+    checkpointer = Checkpointer(run, nn.Linear(2, 2), timeout_seconds=2, on_failure="warn")
+    checkpointer.save(Progress(step=1))
+    checkpointer.wait()
+    if dist.get_rank() == 1:
+        dist.barrier()
+    checkpointer.save(Progress(step=2))
+    checkpointer.wait()
+    if dist.get_rank() == 0:
+        dist.barrier()
+    checkpointer.save(Progress(step=3))
+    checkpointer.close()
+    return sorted(name for name in os.listdir(run) if name.startswith("step_"))

@@ -47,3 +47,7 @@ def test_what_was_made_before_the_process_group_is_refused_when_it_is_used(pools
 def test_a_sampler_may_serve_other_ranks_than_the_groups(pools: Pools, tmp_path):
     first, second = pools[2].run(agreement.rank_of_data, str(tmp_path))
     assert first == second
+
+
+def test_a_save_that_is_given_up_does_not_end_saving(pools: Pools, tmp_path):
+    assert pools[2].run(agreement.a_save_is_given_up, str(tmp_path)) == [["step_00000001", "step_00000003"]] * 2
