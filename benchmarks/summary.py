@@ -50,6 +50,7 @@ TARGETS: dict[str, dict[str, str]] = {
     "matrix": {"cells_failed": "<= 0", "cells_unexpected": "<= 0"},
     "state_zoo": {"wrong": "<= 0", "refused_later": "<= 0", "exact_share": ">= 0.95"},
     "state_fuzz": {"different": "<= 0", "crashed": "<= 0"},
+    "sampler": {"bytes_per_sample": "<= 16"},
 }
 """By benchmark and figure. All other figures are only reported."""
 

@@ -108,4 +108,4 @@ def emit(event: SaveEvent, sinks: Sequence[Sink]) -> None:
         try:
             sink(event)
         except Exception as e:  # noqa: BLE001 - a tracker's failure must not become the checkpoint's
-            warn_counted(f"sink {type(sink)} {e!r}", "an event of the save of step %d was not taken: %r", event.step, e)
+            warn_counted(f"sink {id(sink)} {e!r}", "an event of the save of step %d was not taken: %r", event.step, e)

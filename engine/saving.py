@@ -225,7 +225,11 @@ class Saves:
                 if len(self._images) < self._max_in_flight and self._allocate(len(self._images), image_bytes(layout)):
                     continue
                 if not told:
-                    warn_counted("waits", "%d saves are still in flight: this one waits. Save less often, or on faster storage", len(used))
+                    warn_counted(
+                        f"{self._settings.root} waits",
+                        "%d saves are still in flight: this one waits. Save less often, or on faster storage",
+                        len(used),
+                    )
                     told = True
                 self._changed.wait()
 
@@ -307,7 +311,7 @@ class Saves:
             try:
                 save.tidy(summaries[0])
             except Exception as e:  # noqa: BLE001 - the checkpoint is safe; the next save clears up
-                warn_counted("tidy", "clearing up after step %d: %s", save.step, e)
+                warn_counted(f"{self._settings.root} tidy", "clearing up after step %d: %s", save.step, e)
 
     def _write(self, save: Save) -> dict[str, Any]:
         if save.failure is not None:

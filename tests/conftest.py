@@ -1,5 +1,6 @@
 """Shared by all tests: real ranks in worker pools that live for the session, and Hypothesis' profiles."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -31,3 +32,11 @@ def pools() -> Iterator[Pools]:
 def _empty_working_directory(monkeypatch, tmp_path_factory):
     """What a person has trained in the clone, and what a test writes by a relative path, is no other test's business."""
     monkeypatch.chdir(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(autouse=True)
+def _engine_logs_as_by_default() -> None:
+    """Whatever a test, or the recipe that it runs, does to the logger."""
+    logger = logging.getLogger("engine")
+    logger.setLevel(logging.NOTSET)
+    logger.disabled, logger.propagate = False, True

@@ -73,6 +73,7 @@ def test_the_figures_are_those_of_the_committed_results():
     matrix, tiny, memory, scale = figures("matrix"), figures("tiny_tensors"), figures("memory"), figures("scale")
     stall, incremental, reshard = figures("stall"), figures("incremental"), figures("reshard")
     tiny_steps, interference = figures("stall_tiny"), figures("interference")
+    zoo, fuzz = figures("state_zoo"), figures("state_fuzz")
     throughput, crash, frozen = figures("throughput"), figures("crash"), figures("frozen_vocab")
     phrases = [
         f"{matrix['cells_state_bitwise']} of {matrix['cells']} cells bit-equal, {matrix['cells_refused']} refused as they must be, "
@@ -88,6 +89,9 @@ def test_the_figures_are_those_of_the_committed_results():
         f"checksums included; loaded {throughput['load_over_dcp']:.1f} × as fast as with DCP",
         f"{crash['kills']:,} ranks and writers killed at random instants: {crash['torn_visible']} torn checkpoints to be seen, "
         f"{crash['committed_lost']} committed ones lost",
+        f"Of {zoo['tried']} optimizers, schedulers, scalers, samplers, averages, metrics, observers and modules {zoo['exact']} are exact, "
+        f"{zoo['refused_at_attach']} refused at attach, {zoo['reported']} reported, {zoo['wrong']} wrong; of {fuzz['seeds']} random programs "
+        f"{fuzz['different']} differ after a resume",
         f"a later save of an adapter run writes {incremental['later_bytes_over_trainable']:.3f} × what is trained",
         f"takes {frozen['flops_over_hook']:.3f} of the head's operations that it takes with a gradient hook, "
         f"{frozen['optimizer_bytes_over_hook']:.2f} of the optimizer's state, and {frozen['peak_1024_over_hook']:.2f} of the peak memory at "

@@ -167,7 +167,7 @@ def test_networks_that_differ_though_the_settings_do_not_are_refused_too(run, ca
     before = tree(run)
     ended = causvid_main("--resume_from", run)
     assert ended.code == INCOMPATIBLE
-    assert "generator.model.blocks.0.ffn.0.weight: [96, 48] here, [128, 48] in the checkpoint" in ended.errors
+    assert "critic.model.blocks.0.ffn.0.weight: [96, 48] here, [128, 48] in the checkpoint" in ended.errors
     assert "partly overwritten" not in ended.errors
     assert tree(run) == before
 
