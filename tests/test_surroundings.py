@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Checkpointer, Progress, numerics
+from engine import Checkpointer, Progress, events, numerics
 from engine.errors import StorageError, UsageError
 from engine.storage import local
 from tests.now import Checkpointer as Now
@@ -196,3 +196,42 @@ def test_a_rate_that_a_scheduler_sets_is_not_reported_at_every_resume(tmp_path, 
     assert "momentum is 0.8 here and 0.9 in the checkpoint" in caplog.text
     Now(tmp_path, begin(scheduled=False)[:2]).resume()
     assert "lr is 0.5 here and 0.03 in the checkpoint" in caplog.text
+
+
+def test_two_checkpointers_that_save_in_one_run_are_told_so(tmp_path, caplog):
+    told = f"another Checkpointer of this process saves in {tmp_path}/run too"
+    first, second, third = (Now(tmp_path / "run", make()) for _ in range(3))
+    first.save(Progress(step=1))
+    assert told not in caplog.text
+    first.close()
+    second.save(Progress(step=2))
+    assert told not in caplog.text
+    third.save(Progress(step=3))
+    assert caplog.text.count(told) == 1
+    Now(tmp_path / "other", make()).save(Progress(step=1))
+    assert caplog.text.count("another Checkpointer") == 1
+
+
+def test_a_warning_that_comes_at_every_save_is_given_once_and_counted(caplog):
+    for number in range(1, 101):
+        events.warn_counted("a test's", "the disk is slow (%d)", number)
+    assert [record.getMessage() for record in caplog.records if "slow" in record.getMessage()] == [
+        "the disk is slow (1)",
+        "the disk is slow (10) (10 times so far)",
+        "the disk is slow (100) (100 times so far)",
+    ]
+
+
+def test_a_run_that_goes_back_says_what_it_leaves(tmp_path, caplog):
+    first = Now(tmp_path, make())
+    for step in (1, 2, 3):
+        first.save(Progress(step=step))
+    first.close()
+    for keeps, left in ((True, ["step_00000002", "step_00000003", "step_00000004"]), (False, ["step_00000005"])):
+        again = Now(tmp_path, make(), keep_last=1, keep_abandoned=keeps)
+        again.resume("step:1" if keeps else "latest")
+        again.save(Progress(step=4 if keeps else 5))
+        again.close()
+        assert sorted(path.name for path in tmp_path.glob("step_*")) == left
+        assert ("2 steps of lines of training that were left stay" in caplog.text) == keeps
+        caplog.clear()
