@@ -396,7 +396,16 @@ class Checkpointer:
             "environment": numerics.environment(),
         }
         own_record = encode_record({"rng": capture_rng(), "objects": own, "extra": self._members.extra()})
-        return _Captured(plain, shards, stepped, pack_record(record), own_record, alike, self._digests(plan, shards), plan)
+        return _Captured(
+            plain,
+            shards,
+            stepped,
+            {name: pack_record(part, name) for name, part in record.items()},
+            own_record,
+            alike,
+            self._digests(plan, shards),
+            plan,
+        )
 
     def _digests(self, plan: GlobalPlan, shards: list[Shard]) -> Digests:
         if self._ranks.world_size == 1:

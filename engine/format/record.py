@@ -66,9 +66,10 @@ def encode_record(value: Any) -> bytes:
     return encode_packed(pack_record(value))
 
 
-def pack_record(value: Any) -> Any:
-    """Return a copy of ``value`` for :func:`encode_packed`. Raises :class:`UsageError` as :func:`encode_record` does."""
-    return _pack(value, "record", 0)
+def pack_record(value: Any, name: str = "record") -> Any:
+    """Return a copy of ``value`` for :func:`encode_packed`. Raises :class:`UsageError` as :func:`encode_record` does, with paths that
+    begin with ``name``."""
+    return _pack(value, name, 0)
 
 
 def encode_packed(packed: Any) -> bytes:
