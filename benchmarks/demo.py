@@ -92,6 +92,10 @@ def show(parts: list[Part]) -> None:
         losses = f"{loss:.4f} (step {first}) → {loss_last:.4f} (step {last})"
         table.add_row(part.resumed, part.saved_by, part.engine, str(part.ranks), part.difference, losses, part.ended)
     Console(width=150).print(table)
+    print(
+        "Every restored tensor equals the stored one to the bit. A step that is run again on a different number of ranks has a loss that\n"
+        "differs in the last digits: each rank draws its own noise, and sums are taken in a different order (docs/reproducibility.md)."
+    )
 
 
 def check(parts: list[Part]) -> None:
