@@ -12,7 +12,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,8 @@ class Compiled:
 def compile_all(cases: Sequence[Case], timeout_seconds: float = 110) -> list[Compiled]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     told = json.dumps([asdict(case) for case in cases])
-    done = subprocess.run(
-        [sys.executable, "-m", __name__], input=told, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False
-    )
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, cwd=ROOT, input=told, capture_output=True, text=True, timeout=timeout_seconds, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return [Compiled(**found) for found in json.loads(done.stdout.splitlines()[-1])]
 
