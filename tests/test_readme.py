@@ -73,7 +73,7 @@ def test_the_figures_are_those_of_the_committed_results():
     matrix, tiny, memory, scale = figures("matrix"), figures("tiny_tensors"), figures("memory"), figures("scale")
     stall, incremental, reshard = figures("stall"), figures("incremental"), figures("reshard")
     tiny_steps, interference = figures("stall_tiny"), figures("interference")
-    zoo, fuzz = figures("state_zoo"), figures("state_fuzz")
+    zoo, fuzz, sampler, attach = figures("state_zoo"), figures("state_fuzz"), figures("sampler"), figures("attach")
     throughput, crash, frozen = figures("throughput"), figures("crash"), figures("frozen_vocab")
     phrases = [
         f"{matrix['cells_state_bitwise']} of {matrix['cells']} cells bit-equal, {matrix['cells_refused']} refused as they must be, "
@@ -89,6 +89,11 @@ def test_the_figures_are_those_of_the_committed_results():
         f"checksums included; loaded {throughput['load_over_dcp']:.1f} × as fast as with DCP",
         f"{crash['kills']:,} ranks and writers killed at random instants: {crash['torn_visible']} torn checkpoints to be seen, "
         f"{crash['committed_lost']} committed ones lost",
+        f"takes {sampler['bytes_per_sample']:.1f} bytes a sample; the first batch after a resume in mid-epoch comes in "
+        f"{sampler['seek_seconds']:.1f} s (DistributedSampler, skipped through: {sampler['bytes_per_sample_distributed']:.1f} bytes and "
+        f"{sampler['seek_seconds_distributed']:.1f} s; torchdata's StatefulDataLoader: {sampler['bytes_per_sample_stateful']:.1f} bytes and "
+        f"{sampler['seek_seconds_stateful']:.1f} s)",
+        f"of 10,000 small parameters take {attach['single_10000_over_reference']:.3f} × what `dcp.save` of the same state takes",
         f"Of {zoo['tried']} optimizers, schedulers, scalers, samplers, averages, metrics, observers and modules {zoo['exact']} are exact, "
         f"{zoo['refused_at_attach']} refused at attach, {zoo['reported']} reported, {zoo['wrong']} wrong; of {fuzz['seeds']} random programs "
         f"{fuzz['different']} differ after a resume",
