@@ -74,6 +74,7 @@ class Names:
         self._look()
 
     def _find_buffers(self) -> None:
+        self._own_keys: dict[str, str] | None = None  # of ``raw``, which may grow here
         self.buffers, self.buffer_aliases, self.empty = {}, {}, dict[str, str]()
         seen: dict[int, str] = {}
         for prefix, owner in self._module.named_modules(remove_duplicate=False):
@@ -94,12 +95,15 @@ class Names:
     def own_keys(self) -> dict[str, str]:
         """Return by FQN the keys of the module's own state dict that wrappers which are part of the model (PEFT's) name differently.
         Wrappers that are only there for computing do not count."""
+        if self._own_keys is not None:
+            return self._own_keys
         found = {}
         for raw in self.raw:
             key = ".".join(part for part in raw.split(".") if part not in _FOR_COMPUTING)
             if (name := normalise(raw, peft=self.peft)) != key:
                 found[name] = key
-        return dict(sorted(found.items()))
+        self._own_keys = dict(sorted(found.items()))
+        return self._own_keys
 
     def buffer(self, name: str) -> torch.Tensor:
         return self._module.get_buffer(self.buffers[name])
