@@ -21,7 +21,7 @@ import torch
 from engine import catalog, dcp, numerics
 from engine.catalog import Retention
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, PeerError, UsageError
-from engine.events import sink_of
+from engine.events import sinks_of
 from engine.format.checksum import digest
 from engine.format.manifest import IndexEntry, Line, Manifest, Summary
 from engine.format.names import LATEST, new_holder, step_name
@@ -38,7 +38,7 @@ from engine.state.progress import History, Monitor, Progress, capture_rng, deriv
 from engine.state.shard import Shard
 from engine.storage import LocalStorage, Mark
 from engine.surroundings import in_neutral_surroundings
-from engine.sync import current_ranks, world_size
+from engine.sync import current_ranks, group_size
 from engine.transfer import process
 from engine.transfer.compare import differences
 from engine.transfer.exchange import process_group
@@ -145,7 +145,7 @@ class Checkpointer:
             one_of(name, word, choices)
         max_in_flight = whole("max_in_flight", max_in_flight, 0)
         timeout_seconds = seconds("timeout_seconds", timeout_seconds)
-        sinks = [sink_of(target) for target in _listed(events)]
+        sinks = sinks_of(events)
         self._storage = LocalStorage(run)
         self._config = mapping("config", config)
         self._retention = Retention(keep_last, keep_every, keep_best, bool(keep_abandoned))
@@ -201,12 +201,11 @@ class Checkpointer:
     def _see_one_folder(self) -> str:
         """Check that every rank sees the folder that rank 0 does, and return the name of this job's lease. Every rank calls this."""
         ranks, mark = self._ranks, Mark(self._storage)
-        holder, where = ranks.first("attach", lambda: [new_holder(), mark.leave() if ranks.world_size > 1 else ""])
         try:
+            holder, where = ranks.first("attach", lambda: [new_holder(), mark.leave() if ranks.world_size > 1 else ""])
             ranks.gather("attach", lambda: mark.look_for(where, ranks.rank))
         finally:
-            if ranks.rank == 0:
-                mark.remove(where)
+            mark.remove()
         return holder
 
     def _check_call(self) -> None:
@@ -216,7 +215,7 @@ class Checkpointer:
                 f"this process ({os.getpid()}) is a fork of the one that made the checkpointer ({self._pid}), which alone may call it; make "
                 "the call there"
             )
-        now, made_for = world_size(), self._ranks.world_size
+        now, made_for = group_size(), self._ranks.world_size
         if now not in (0, made_for):
             raise UsageError(
                 f"the checkpointer was made for {made_for} rank{'s' * (made_for > 1)}, and the process group has {now}: make it after "
@@ -271,7 +270,7 @@ class Checkpointer:
         root = os.path.realpath(self._storage.root)
         for other in list(_open):
             if other is not self and other._count and not other._is_closed and os.path.realpath(other._storage.root) == root:
-                logger.warning("another Checkpointer of this process saves in %s too: close() one before the other saves", root)
+                logger.warning("a different Checkpointer of this process saves in %s too: close() one before the other saves", root)
                 return
 
     def _stage(self, save: Save, progress: Progress, metrics: Mapping[str, float]) -> Progress:
@@ -616,12 +615,6 @@ class Checkpointer:
 
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 """Of this process."""
-
-
-def _listed(events: Any) -> list[Any]:
-    if isinstance(events, list | tuple):
-        return list(events)
-    raise UsageError(f"events is a {type(events).__name__}; give a list of functions, TensorBoard writers and W&B runs")
 
 
 def _step_of(progress: Progress) -> int:

@@ -96,6 +96,13 @@ def sink_of(target: Any) -> Sink:
     return target
 
 
+def sinks_of(targets: Any) -> list[Sink]:
+    """Return a sink for each target of a list, see :func:`sink_of`. Raises :class:`UsageError` for what is not a list of them."""
+    if not isinstance(targets, list | tuple):
+        raise UsageError(f"events is a {type(targets).__name__}; give a list of functions, TensorBoard writers and W&B runs")
+    return [sink_of(target) for target in targets]
+
+
 def emit(event: SaveEvent, sinks: Sequence[Sink]) -> None:
     """To the log, and to every sink; one that fails is told, and costs no checkpoint."""
     reused = f", {event.reused_bytes / 1e6:.1f} MB of them reused" if event.reused_bytes else ""

@@ -44,7 +44,7 @@ class _Failure(msgspec.Struct):
     is_late: bool = False
     """A rank did not come in time."""
     ends: bool = False
-    """Ranks make different calls: no further round can be told from another."""
+    """Ranks make different calls: which round a report is for is no longer known."""
 
 
 class _Report(msgspec.Struct):
@@ -323,12 +323,22 @@ def current_ranks(timeout_seconds: float = 600.0, own_client: bool = False, reco
     if _job is None or _job.store() is not default:
         _job = _Job(weakref.ref(default), job_name(default, rank, world_size, timeout_seconds))
     _job.count += 1
-    client = default.clone() if own_client else default
+    client = default.clone() if own_client and not _is_file(default) else default
     store: Any = dist.distributed_c10d.PrefixStore(f"lockstep-{_job.name}-{_job.count}", client)
     return Ranks(rank, world_size, store, timeout_seconds, recovers)
 
 
-def world_size() -> int:
+def _is_file(store: Any) -> bool:
+    """Whether clients have no connection of their own. Then they are counted, and the last one removes the file: so does a forked
+    worker (a DataLoader's) that collects one which it has inherited, while the job goes on."""
+    import torch.distributed as dist
+
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, dist.FileStore)
+
+
+def group_size() -> int:
     """Return the number of ranks in the default process group; 0 where there is none."""
     import torch.distributed as dist
 

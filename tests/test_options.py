@@ -18,7 +18,7 @@ from tests.now import Checkpointer as Now
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         (
             {"keep_lst": 3},
@@ -46,14 +46,14 @@ from tests.now import Checkpointer as Now
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_an_option_is_refused_when_it_is_given(tmp_path, option, told):
-    with pytest.raises(UsageError, match=told):
+def test_an_option_is_refused_when_it_is_given(tmp_path, option, message):
+    with pytest.raises(UsageError, match=message):
         Checkpointer(tmp_path / "run", nn.Linear(2, 2), **option)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ({"missing": "warn"}, "missing='warn' is not known; use one of 'error', 'fresh'"),
         ({"corrupt": "skip"}, "corrupt='skip' is not known; use one of 'error', 'previous'"),
@@ -64,8 +64,8 @@ def test_an_option_is_refused_when_it_is_given(tmp_path, option, told):
     ],
     ids=str,
 )
-def test_an_option_of_a_resume_is_refused_before_anything_is_looked_for(tmp_path, option, told):
-    with pytest.raises(UsageError, match=told):
+def test_an_option_of_a_resume_is_refused_before_anything_is_looked_for(tmp_path, option, message):
+    with pytest.raises(UsageError, match=message):
         Now(tmp_path, nn.Linear(2, 2)).resume(**option)
 
 

@@ -296,15 +296,15 @@ def test_weights_make_the_mean_over_ranks_the_mean_over_the_batch(world, caplog)
 
 
 def test_parts_without_a_sample_are_refused_where_asked(caplog):
-    told = r"the last batch of an epoch has fewer samples \(2\) than there are ranks \(3\)"
-    with pytest.raises(UsageError, match=told):
+    message = r"the last batch of an epoch has fewer samples \(2\) than there are ranks \(3\)"
+    with pytest.raises(UsageError, match=message):
         _sampler(14, 6, drop_last=False, world_size=3, empty="refuse")
-    with pytest.raises(UsageError, match="empty='pad': use one of 'repeat', 'yield', 'refuse'"):
+    with pytest.raises(UsageError, match="empty='pad' is not known; use one of 'repeat', 'yield', 'refuse'"):
         _sampler(empty="pad")
     sampler = _sampler(15, 6, drop_last=False, world_size=3, empty="refuse")
     state = {**sampler.state_dict(), "global_batch_size": 1}
     sampler.load_state_dict(state)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         sampler.seek(1)  # 14 of this epoch are left
     _sampler(14, 6, drop_last=False, world_size=3, empty="repeat")
     assert not caplog.text

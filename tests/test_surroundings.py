@@ -141,8 +141,8 @@ def test_what_differs_numerically_is_reported_in_one_line(tmp_path, caplog):
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-    (told,) = (r.getMessage() for r in caplog.records if "numerical environment" in r.getMessage())
-    assert f"float32_matmul_precision {precision} → medium; threads {threads} → {threads + 1}" in told
+    (message,) = (r.getMessage() for r in caplog.records if "numerical environment" in r.getMessage())
+    assert f"float32_matmul_precision {precision} → medium; threads {threads} → {threads + 1}" in message
 
 
 def test_the_numerical_environment_names_what_decides_last_bits():
@@ -198,18 +198,18 @@ def test_a_rate_that_a_scheduler_sets_is_not_reported_at_every_resume(tmp_path, 
     assert "lr is 0.5 here and 0.03 in the checkpoint" in caplog.text
 
 
-def test_two_checkpointers_that_save_in_one_run_are_told_so(tmp_path, caplog):
-    told = f"another Checkpointer of this process saves in {tmp_path}/run too"
+def test_two_checkpointers_that_save_in_one_run_are_reported(tmp_path, caplog):
+    message = f"a different Checkpointer of this process saves in {tmp_path}/run too"
     first, second, third = (Now(tmp_path / "run", make()) for _ in range(3))
     first.save(Progress(step=1))
-    assert told not in caplog.text
+    assert message not in caplog.text
     first.close()
     second.save(Progress(step=2))
-    assert told not in caplog.text
+    assert message not in caplog.text
     third.save(Progress(step=3))
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count(message) == 1
     Now(tmp_path / "other", make()).save(Progress(step=1))
-    assert caplog.text.count("another Checkpointer") == 1
+    assert caplog.text.count("a different Checkpointer") == 1
 
 
 def test_a_warning_that_comes_at_every_save_is_given_once_and_counted(caplog):

@@ -41,7 +41,8 @@ class Run(Struct, frozen=True):
 
 
 def runs(base: str | os.PathLike[str]) -> list[Run]:
-    """The runs right below ``base``, by number; none if it does not exist. What is damaged or deleted meanwhile is told as far as it can be."""
+    """The runs right below ``base``, by number; none if it does not exist. What is damaged or deleted meanwhile is reported as far as
+    it can be."""
     storage = LocalStorage(base)
     return [_describe(f"{storage.root}/{run_name(number)}", number) for number in _numbers(storage)]
 

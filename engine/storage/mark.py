@@ -8,7 +8,7 @@ from engine.errors import UsageError
 from engine.storage.local import LocalStorage
 
 _PATIENCE_SECONDS = 5.0
-"""For network file systems that show another node's new file late."""
+"""For network file systems that show a new file of a different node late."""
 
 
 class Mark:
@@ -16,6 +16,7 @@ class Mark:
 
     def __init__(self, storage: LocalStorage) -> None:
         self._root = storage.root
+        self._left = ""
 
     def leave(self) -> str:
         """Leave it, on rank 0. Return its path, or "" where nothing can be written: a run that is only read needs none."""
@@ -27,6 +28,7 @@ class Mark:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         except OSError:
             return ""
+        self._left = path
         return path
 
     def look_for(self, path: str, rank: int) -> None:
@@ -40,7 +42,8 @@ class Mark:
                 )
             time.sleep(0.05)
 
-    def remove(self, path: str) -> None:
-        if path:
+    def remove(self) -> None:
+        """Remove what this rank has left. One that cannot be removed is an empty, hidden file."""
+        if self._left:
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(self._left)

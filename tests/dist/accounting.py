@@ -189,6 +189,21 @@ def scale_goes_on(run: str, stage: int) -> list[Any]:
     return [dict(scaler.state_dict()), dict(fresh.optimizer.torch_autocast_gradscaler.state_dict())]
 
 
+def micro_steps(run: str) -> dict[int, int]:
+    """Of a run that has accumulated over different numbers of micro-batches, after a resume, by its accumulation."""
+    member, step = build("zero1", 0, optimizer="AdamW", gradient_accumulation_steps=2)
+    for number in range(4):
+        step(number)
+    member.micro_steps = 10  # of two steps: the first had accumulated over eight
+    Checkpointer(run, member, timeout_seconds=60).save(Progress(step=2))
+    found = {}
+    for accumulation in (2, 4):
+        fresh, _ = build("zero1", 1, optimizer="AdamW", gradient_accumulation_steps=accumulation)
+        Checkpointer(run, fresh, timeout_seconds=60).resume()
+        found[accumulation] = fresh.micro_steps
+    return found
+
+
 def refusals(run: str) -> dict[str, str]:
     """What cannot be saved on these ranks, and what is said of it."""
     mesh = init_device_mesh("cpu", (2,))

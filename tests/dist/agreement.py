@@ -9,7 +9,7 @@ from engine import Checkpointer, ElasticSampler, PerRank, Progress
 from engine.errors import EngineError
 
 
-def _told(call):
+def _message(call):
     try:
         call()
     except EngineError as e:
@@ -46,12 +46,12 @@ def attach(run, what):
     if what == "order":
         options = {"a": Count(), "b": Count()} if rank else {"b": Count(), "a": Count()}
     try:
-        told = _told(lambda: Checkpointer(path, model, max_in_flight=0, timeout_seconds=30, **options).save(Progress(step=1)))
+        message = _message(lambda: Checkpointer(path, model, max_in_flight=0, timeout_seconds=30, **options).save(Progress(step=1)))
     finally:
         if what == "disk" and rank:
             mark.os.path.lexists, mark._PATIENCE_SECONDS = real, 5.0
     dist.barrier()
-    return told, sorted(os.listdir(run))
+    return message, sorted(os.listdir(run))
 
 
 def save_on_rank_0_alone(run):
@@ -59,13 +59,13 @@ def save_on_rank_0_alone(run):
     checkpointer = Checkpointer(run, model, timeout_seconds=30)
     if dist.get_rank() == 0:
         checkpointer.save(Progress(step=1))
-    return _told(checkpointer.close)
+    return _message(checkpointer.close)
 
 
 def save_at_different_steps(run):
     checkpointer = Checkpointer(run, nn.Linear(2, 2), timeout_seconds=30)
     checkpointer.save(Progress(step=1 + dist.get_rank()))
-    return _told(checkpointer.close)
+    return _message(checkpointer.close)
 
 
 def made_before_the_group(run):
@@ -77,11 +77,11 @@ def made_before_the_group(run):
     finally:
         dist.is_initialized = real
     calls = [lambda: checkpointer.save(Progress(step=1)), checkpointer.resume, checkpointer.wait, lambda: iter(sampler)]
-    return [_told(call) for call in calls]
+    return [_message(call) for call in calls]
 
 
 def rank_of_data(run):
-    """A sampler may be told of other ranks than the group's: two that share their data."""
+    """A sampler may be given other ranks than the group's: two that share their data."""
     sampler = ElasticSampler(range(8), 4, rank=0, world_size=1)
     checkpointer = Checkpointer(run, nn.Linear(2, 2), data=sampler, noise=PerRank(Count()), max_in_flight=0)
     checkpointer.resume(missing="fresh")

@@ -1,5 +1,7 @@
 """Loops over the data as README has them, under dropout, for test_loops.py."""
 
+import gc
+import os
 import random
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from engine import ElasticSampler
+from engine import ElasticSampler, Progress
 from tests.now import Checkpointer
 
 LENGTH, BATCH, EPOCHS, SAVE_AT = 44, 8, 2, 3
@@ -75,3 +77,23 @@ def train(run, engine, *, bounded, workers, resumes, save_at=SAVE_AT, noisy=Fals
         progress.epoch += 1
     ckpt.close()
     return losses
+
+
+def workers_collect_what_they_inherit(run):
+    """Save after forked processes have collected checkpointers that the rank has left behind. Returns the steps that are there."""
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(4):
+            left = Checkpointer(f"{run}/left_{number}", nn.Linear(2, 2), timeout_seconds=20)
+            left.itself = left
+        del left
+        for _ in range(6):
+            if not (child := os.fork()):
+                gc.collect()
+                os._exit(0)
+            os.waitpid(child, 0)
+    finally:
+        gc.enable()
+    Checkpointer(f"{run}/run", nn.Linear(2, 2), timeout_seconds=20).save(Progress(step=1))
+    return os.listdir(f"{run}/run")

@@ -45,6 +45,11 @@ def test_the_loss_scale_of_torch_autocast_goes_on(pools: Pools, tmp_path, stage)
         assert after["_growth_tracker"] == 4
 
 
+def test_micro_steps_come_back_where_they_are_a_boundary(pools: Pools, tmp_path):
+    """Of a different accumulation they may be none: then those of as many steps are taken."""
+    assert pools[2].run(accounting.micro_steps, str(tmp_path)) == [{2: 10, 4: 8}] * 2
+
+
 def test_what_cannot_be_saved_is_refused_on_all_ranks_with_its_name_and_a_remedy(pools: Pools, tmp_path):
     parts = {
         "meta": ("UsageError", "first.weight is on the meta device", "to_empty"),

@@ -37,3 +37,9 @@ def test_workers_are_seeded_by_the_position(pools: Pools, tmp_path):
     how = {"bounded": False, "workers": 2, "save_at": last, "noisy": True}
     expected = pools[1].run(loops.train, str(tmp_path), "single", resumes=False, **how)
     assert pools[1].run(loops.train, str(tmp_path), "single", resumes=True, **how) == expected
+
+
+def test_ranks_stay_in_step_whatever_forked_workers_collect(pools: Pools, tmp_path):
+    """A store of files counts its clients: one that a worker inherits and collects must not end it for the job."""
+    for found in pools[2].run(loops.workers_collect_what_they_inherit, str(tmp_path)):
+        assert "step_00000001" in found

@@ -2,80 +2,27 @@
 
 import logging
 import operator
-import threading
 import weakref
 from collections.abc import Iterator, Sized
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from engine.data.seeds import loader_seeds
+from engine.data.walk import Walk
 from engine.errors import IncompatibleCheckpoint, UsageError
+from engine.options import one_of
 from engine.state.progress import Progress
 
 logger = logging.getLogger("engine")
 
 Empty = Literal["repeat", "yield", "refuse"]
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
-_Size = Annotated[int, msgspec.Meta(ge=1)]
-
-
 _ASKS = 3
 """At how many iterations, at most, that find no batch an epoch's end is over: a loader with workers asks twice for an iterator, and a
 loop that is bounded by ``len`` draws from none."""
-
-
-class _Walk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where every sample of a run lies: the order's identity, and an origin from which one batch size cuts the epochs.
-
-    At the origin ``samples`` samples of the run are consumed, and ``offset`` is where ``epoch`` goes on.
-    """
-
-    length: _Size
-    seed: int
-    shuffle: bool
-    global_batch_size: _Size
-    drop_last: bool
-    samples: _Count
-    epoch: _Count
-    offset: _Count
-
-    def __post_init__(self) -> None:
-        if self.offset > self.length or (self.drop_last and self.global_batch_size > self.length):
-            raise ValueError(f"offset {self.offset} or global_batch_size {self.global_batch_size} is beyond the {self.length} samples")
-
-    def end(self, epoch: int) -> int:
-        """The offset at which an epoch ends: with ``drop_last``, where the last full batch since its start or the origin does."""
-        start = self.offset if epoch == self.epoch else 0
-        return self.length - (self.length - start) % self.global_batch_size if self.drop_last else self.length
-
-    def locate(self, samples: int) -> tuple[int, int]:
-        """(epoch, offset) of the sample that follows ``samples`` others. An epoch's end is the start of the next."""
-        if samples < self.samples:
-            raise UsageError(f"{samples} samples lie before {self.samples}, where the batch size last changed; load the state saved with them first")
-        beyond = self.offset + samples - self.samples - self.end(self.epoch)
-        if beyond < 0:
-            return self.epoch, self.end(self.epoch) + beyond
-        epochs, offset = divmod(beyond, self.end(self.epoch + 1))
-        return self.epoch + 1 + epochs, offset
-
-    def batch(self, samples: int) -> int:
-        """Return how many samples the global batch at a position has.
-
-        Raises :class:`UsageError` where no batch begins there.
-        """
-        epoch, offset = self.locate(samples)
-        start = self.offset if epoch == self.epoch else 0
-        if beyond := (offset - start) % self.global_batch_size:
-            at, size = samples - beyond, min(self.global_batch_size, self.end(epoch) - offset + beyond)
-            raise UsageError(
-                f"{samples} samples are not a position in the data: batches end after {at} and {at + size} samples (global_batch_size "
-                f"{self.global_batch_size}, epochs of {self.end(epoch)}). Call progress.advance() after each step: it counts a short last batch too"
-            )
-        return min(self.global_batch_size, self.end(epoch) - offset)
 
 
 class _Pass:
@@ -84,7 +31,7 @@ class _Pass:
     ``samples`` is the position at which it begins, ``handed`` the one up to which it has been handed out.
     """
 
-    def __init__(self, sampler: "ElasticSampler", walk: _Walk, samples: int) -> None:
+    def __init__(self, sampler: "ElasticSampler", walk: Walk, samples: int) -> None:
         self._sampler, self._walk = sampler, walk
         self.samples = self.handed = samples
         self._epoch, self._offset = walk.locate(samples)
@@ -96,7 +43,7 @@ class _Pass:
         return self
 
     def __next__(self) -> list[int]:
-        _seeds.end()
+        loader_seeds.end()
         if self.handed >= self.end:
             self._order, self.is_over = None, True
             self._sampler.note_end()
@@ -118,41 +65,9 @@ class _Pass:
 
     def begin(self, *, empty: bool) -> None:
         """A loader is about to draw from this; with ``empty``, there is nothing to draw."""
-        _seeds.begin(self._sampler.seed, self._epoch, self._offset, self._sampler.rank)
+        loader_seeds.begin(self._sampler.seed, self._epoch, self._offset, self._sampler.rank)
         if empty:
             self.end = self.handed
-
-
-class _LoaderSeeds:
-    """A ``DataLoader`` draws the seed of its workers from PyTorch's generator as it makes an iterator, right after it has asked its
-    sampler for one. That would move the random state of training, and a resume in mid-epoch makes one iterator more.
-
-    So the generator's state is set aside until a first batch is asked for. What is drawn in between depends on the sampler's seed, the
-    rank and the position: workers draw differently in each epoch, and alike after a resume at its start.
-    """
-
-    def __init__(self) -> None:
-        self._aside: tuple[torch.Tensor, int] | None = None  # the state, and the seed that is in force meanwhile
-
-    def begin(self, *words: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # training may draw at the same moment
-        state = self._aside[0] if self._aside is not None and self._is_in_force() else torch.default_generator.get_state()
-        seed = int(np.random.SeedSequence([word % 2**64 for word in words]).generate_state(1, dtype=np.uint64)[0] >> 1)
-        torch.default_generator.manual_seed(seed)
-        self._aside = (state, seed)
-
-    def end(self) -> None:
-        if self._aside is not None and self._is_in_force():
-            torch.default_generator.set_state(self._aside[0])
-        self._aside = None
-
-    def _is_in_force(self) -> bool:
-        """Unless the caller has seeded the generator meanwhile."""
-        return self._aside is not None and torch.default_generator.initial_seed() == self._aside[1]
-
-
-_seeds = _LoaderSeeds()  # of the process, as the generator is
 
 
 class ElasticSampler:
@@ -175,7 +90,7 @@ class ElasticSampler:
             a ``collate_fn`` that takes it; or that is refused (``refuse``), when it is first known. The default repeats, and reports it.
         rank, world_size: by default those of the process group; give those of the data-parallel group where it is smaller.
 
-    Making an iterator of a ``DataLoader`` over it draws nothing from PyTorch's global generator, see :class:`_LoaderSeeds`.
+    Making an iterator of a ``DataLoader`` over it draws nothing from PyTorch's global generator, see :class:`~engine.data.seeds.LoaderSeeds`.
     """
 
     def __init__(
@@ -198,17 +113,16 @@ class ElasticSampler:
         self.seed, self.shuffle, self.drop_last = operator.index(seed), bool(shuffle), bool(drop_last)
         self.empty = empty or "repeat"
         self._reports_empty = empty is None
-        if self.empty not in get_args(Empty):
-            raise UsageError(f"empty={empty!r}: use one of {', '.join(map(repr, get_args(Empty)))}")
+        one_of("empty", self.empty, Empty)
         if not 0 <= self.rank < self.world_size:
             raise UsageError(f"rank {self.rank} is not one of {self.world_size} ranks")
         if global_batch_size < 1 or global_batch_size % self.world_size:
             raise UsageError(f"global_batch_size {global_batch_size} is not a positive multiple of the {self.world_size} ranks")
         if self.samples_per_epoch == 0:
             raise UsageError(f"{self.length} samples do not fill one global batch of {global_batch_size}; lower it, or set drop_last=False")
-        self._walk = self._fresh = _Walk(self.length, self.seed, self.shuffle, self.global_batch_size, self.drop_last, 0, 0, 0)
+        self._walk = self._fresh = Walk(self.length, self.seed, self.shuffle, self.global_batch_size, self.drop_last, 0, 0, 0)
         self._look_for_empty(self._walk, 0)
-        self._loaded: _Walk | None = None  # until a seek
+        self._loaded: Walk | None = None  # until a seek
         self._progress: Progress | None = None
         self._samples = 0  # the position, where no progress is followed
         self._sought = self._has_warned = False
@@ -406,17 +320,17 @@ class ElasticSampler:
         self._is_over = 0
         self._current: weakref.ref[_Pass] | None = None
 
-    def _look_for_empty(self, walk: _Walk, samples: int) -> None:
+    def _look_for_empty(self, walk: Walk, samples: int) -> None:
         """In the last batch of this epoch, which a changed batch size may have cut, and of each further one."""
         epoch, offset = walk.locate(samples)
         for left in (walk.end(epoch) - offset, walk.end(epoch + 1)):
             short = left % walk.global_batch_size
             if 0 < short < self.world_size and self.empty != "yield":
-                told = f"the last batch of an epoch has fewer samples ({short}) than there are ranks ({self.world_size})"
+                problem = f"the last batch of an epoch has fewer samples ({short}) than there are ranks ({self.world_size})"
                 if self.empty == "refuse":
-                    raise UsageError(f"{told}. Set drop_last=True, choose a different global_batch_size, or give empty='repeat' or 'yield'")
+                    raise UsageError(f"{problem}. Set drop_last=True, choose a different global_batch_size, or give empty='repeat' or 'yield'")
                 if self.rank == 0 and self._reports_empty:
-                    logger.warning("%s: ranks without one run its first sample again. Multiply the loss by sampler.weight, which is 0 there", told)
+                    logger.warning("%s: ranks without one run its first sample again. Multiply the loss by sampler.weight, which is 0 there", problem)
                 return
 
     def order(self, epoch: int) -> torch.Tensor:
@@ -431,13 +345,13 @@ class ElasticSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what positions mean; :meth:`seek` must follow."""
         self.check_state_dict(state)
-        self._loaded = msgspec.convert(state, _Walk)
+        self._loaded = msgspec.convert(state, Walk)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises :class:`IncompatibleCheckpoint` if this sampler would give other samples than the saved one. A checkpointer calls
         this before it changes anything."""
         try:
-            stored = msgspec.convert(state, _Walk)
+            stored = msgspec.convert(state, Walk)
         except msgspec.ValidationError as e:
             raise IncompatibleCheckpoint(f"the sampler's state is not as this version writes it: {e}") from e
         pairs = [(name, getattr(self, name), getattr(stored, name)) for name in ("length", "seed", "shuffle")]
