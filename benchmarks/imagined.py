@@ -17,6 +17,7 @@ import torch
 from msgspec import Struct
 
 from engine import dcp
+from engine.catalog.lease import take
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.layout import REPLICATED, Flat, Grid, Layout, LogicalTensor, Mesh, Part
 from engine.format.manifest import MANIFEST, IndexEntry, Line, Manifest, Summary
@@ -164,8 +165,8 @@ class Planned(Struct):
 
 def begin(storage: Storage) -> str:
     """An attempt's folder; its name."""
-    attempt = attempt_name(step_name(STEP))
-    storage.make_folder(attempt)
+    attempt = attempt_name(take(storage), step_name(STEP), 1)
+    storage.claim_folder(attempt)
     return attempt
 
 

@@ -100,7 +100,7 @@ class CountingStore:
             self.waited, self._since = self.waited + now - self._since, None
         return found
 
-    def compare_set(self, key: str, expected: str, desired: bytes, /) -> bytes:
+    def compare_set(self, key: str, expected: bytes, desired: bytes, /) -> bytes:
         self._count("compare_set", key, desired)
         return self._count("", self._store.compare_set(key, expected, desired))
 
@@ -148,12 +148,15 @@ class Others:
     def __init__(self, store: Store, world: int) -> None:
         self._ranks = [Ranks(rank, world, store) for rank in range(1, world)]
 
-    def report(self, what: str, value: Any) -> list[str]:
-        return [rank._report(what, _Report(what, value)) for rank in self._ranks]
+    def report(self, what: str, value: Any) -> None:
+        for rank in self._ranks:
+            rank._number += 1
+            rank._report(what, _Report(what, value))
 
-    def conclude(self, what: str, prefixes: list[str]) -> None:
-        for rank, prefix in zip(self._ranks, prefixes, strict=True):
-            rank._outcome(what, prefix, agreed)
+    def conclude(self) -> None:
+        for rank in self._ranks:
+            rank._await(rank.timeout_seconds, True)
+            rank._tidy()
 
 
 def _be_the_others(port: int, pipe: Connection) -> None:
@@ -163,7 +166,8 @@ def _be_the_others(port: int, pipe: Connection) -> None:
         others = Others(store, world)
         pipe.send("ready")
         for what, value in ROUNDS:
-            others.conclude(what, others.report(what, value))
+            others.report(what, value)
+            others.conclude()
         pipe.send((sum(store.calls.values()), store.bytes))
 
 
@@ -201,7 +205,7 @@ def _commit(world: int, count: int, host: Any, pipe: Connection) -> Row:
             commit_attempt(storage, attempt, manifest(plan, names, world, attempt, entries))
             return drifted
 
-        ranks.round("save", agreement, conclude)
+        ranks.round("save", agreement, conclude, changes="committed")
         seconds = time.perf_counter() - began
     calls, size_bytes = pipe.recv()
     return {

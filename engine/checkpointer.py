@@ -24,7 +24,7 @@ from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, Pe
 from engine.events import sinks_of
 from engine.format.checksum import digest
 from engine.format.manifest import IndexEntry, Line, Manifest, Summary
-from engine.format.names import LATEST, new_holder, step_name
+from engine.format.names import LATEST, step_name
 from engine.format.record import encode_packed, encode_record, pack_record
 from engine.loading import Loading
 from engine.options import mapping, not_plain, one_of, seconds, whole, words
@@ -44,7 +44,7 @@ from engine.transfer.compare import differences
 from engine.transfer.exchange import process_group
 from engine.transfer.process import Settings
 from engine.transfer.replicas import Comparison, Digests, Replicas
-from engine.transfer.runfile import write_run_file
+from engine.transfer.runfile import in_json
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
@@ -110,6 +110,8 @@ class Checkpointer:
         events: functions that are given a :class:`~engine.events.SaveEvent` for each save, TensorBoard writers, or W&B runs.
         timeout_seconds: how long ranks wait for each other before all of them raise :class:`~engine.errors.PeerError`. A rank whose
             writer is seen to write is waited for longer.
+        read_only: whether this job only resumes, as one that evaluates a run while a different one trains it. Any other takes the run
+            when it resumes, or first saves: the job that had it before can no longer save.
 
     A model is a DeepSpeed engine, a ``nn.Module``, or a tuple ``(module, optimizer)`` or ``(module, optimizer, scheduler)``, where
     lists stand for several. What its objects list in their own ``state_dict`` and can be neither sharded nor carried is refused by name:
@@ -137,6 +139,7 @@ class Checkpointer:
         on_failure: OnFailure = "raise",
         events: Sequence[Any] = (),
         timeout_seconds: float = 600.0,
+        read_only: bool = False,
         **members: Any,
     ) -> None:
         for name, member in members.items():
@@ -157,22 +160,21 @@ class Checkpointer:
             raise UsageError(f"keep_best={keep_best} has no effect without monitor, the metric that says which step is best")
         self._history = History(self._monitor)
         self._names: Names = names
-        self._max_in_flight = max_in_flight
+        self._read_only = bool(read_only)
+        self._max_in_flight = max_in_flight = 0 if self._read_only else max_in_flight
         self._pid = os.getpid()
         self._ranks = current_ranks(timeout_seconds)
         choices = {
             "keep": (keep_last, keep_every, keep_best, keep_abandoned), "monitor": (monitor, mode), "replicas": replicas, "names": names,
-            "max_in_flight": max_in_flight, "on_failure": on_failure, "timeout_seconds": timeout_seconds,
+            "max_in_flight": max_in_flight, "on_failure": on_failure, "timeout_seconds": timeout_seconds, "read_only": read_only,
         }  # fmt: skip
         self._comparison = Comparison(replicas, self._ranks.rank)
         with _collector_paused():
             self._ranks.agree("attach", in_neutral_surroundings(lambda: self._attach(model, members, choices)))
-        holder = self._see_one_folder()
+        self._see_one_folder()
         keep = self._retention
-        settings = Settings(self._storage.root, self._ranks.rank, holder, (keep.last, keep.every, keep.best, keep.abandoned))
-        self._saves = Saves(
-            current_ranks(timeout_seconds, own_client=True, recovers=on_failure == "warn"), self._storage, settings, max_in_flight, on_failure, sinks
-        )
+        settings = Settings(self._storage.root, self._ranks.rank, (keep.last, keep.every, keep.best, keep.abandoned), in_json(self._config))
+        self._saves = Saves(current_ranks(timeout_seconds, own_client=True), self._storage, settings, max_in_flight, on_failure, sinks)
         watch_steps(self._members.optimizers(), self._saves)
         self._writer = dcp.ShardWriter(self._ranks.rank)
         self._plans = Plans(self._ranks.rank, self._ranks.world_size, max_in_flight)
@@ -198,15 +200,14 @@ class Checkpointer:
             "have other tensors, shapes or layouts": digest(msgspec.msgpack.encode(described)),
         }
 
-    def _see_one_folder(self) -> str:
-        """Check that every rank sees the folder that rank 0 does, and return the name of this job's lease. Every rank calls this."""
+    def _see_one_folder(self) -> None:
+        """Check that every rank sees the folder that rank 0 does. Every rank calls this."""
         ranks, mark = self._ranks, Mark(self._storage)
         try:
-            holder, where = ranks.first("attach", lambda: [new_holder(), mark.leave() if ranks.world_size > 1 else ""])
+            where = ranks.first("attach", lambda: mark.leave() if ranks.world_size > 1 else "")
             ranks.gather("attach", lambda: mark.look_for(where, ranks.rank))
         finally:
             mark.remove()
-        return holder
 
     def _check_call(self) -> None:
         """That this is the process, and these are the ranks, that the checkpointer was made for."""
@@ -240,6 +241,8 @@ class Checkpointer:
         deleted. Another rank's error is raised as this one's.
         """
         self._check_call()
+        if self._read_only:
+            raise UsageError("this Checkpointer was made with read_only=True: it resumes, and leaves saving to the job that trains")
         if told := self._members.pending():
             self._defer(progress, metrics or {}, told)
             name = ""
@@ -278,7 +281,7 @@ class Checkpointer:
         save.record, save.alike, save.shared = captured.own_record, captured.alike, captured.digests
         save.manifest = partial(self._manifest, captured)
         save.on_change = partial(self._plans.note_changed, self._count, captured.plan)
-        save.before_commit = partial(write_run_file, self._storage, self._config, captured.progress.wandb_run_id)
+        save.wandb_run_id = captured.progress.wandb_run_id
         self._hand_over(captured.plan, captured.shards, lambda plan, views: self._saves.stage(save, plan, views, captured.stepped))
         return captured.progress
 
@@ -474,7 +477,7 @@ class Checkpointer:
             one_of(name, word, choices)
         override = words("override", override)
         self.wait()
-        found = self._ranks.first("find the checkpoint", lambda: self._find(what, missing))
+        self._saves.lease, found = self._ranks.first("find the checkpoint", lambda: [self._take(), self._find(what, missing)])
         if found is None:
             progress = Progress()
             self._members.follow(progress)
@@ -499,9 +502,18 @@ class Checkpointer:
                 if self._ranks.rank == 0:
                     logger.warning("%s IS DAMAGED and is passed over; going back to %s. What was found: %s", damaged, earlier, told)
 
+    def _take(self) -> str:
+        """Take the run for this job, on rank 0, before a step is looked for: what an earlier job's orphan still commits is then seen, or
+        fails. Returns the lease's name; none where there is no run yet, it cannot be written, or this job only reads."""
+        root = self._storage.root
+        if self._read_only or not os.path.isdir(root):
+            return ""
+        if not os.access(root, os.W_OK):
+            logger.warning("%s cannot be written: it is resumed, but saves into it will fail", root)
+            return ""
+        return self._saves.take()
+
     def _find(self, what: str, missing: Missing) -> list[str] | None:
-        with contextlib.suppress(EngineError, OSError):  # a run that cannot be written can still be read
-            catalog.restore(self._storage)
         try:
             storage, folder = catalog.find(self._storage.root, what, names=self._names)
         except CheckpointNotFound as e:

@@ -21,8 +21,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from engine.catalog import Retention
-from engine.errors import EngineError, PeerError
+from engine.errors import EngineError, PeerError, StorageError
 from engine.events import SaveEvent, Sink, emit, warn_counted
 from engine.format.manifest import IndexEntry, Manifest, Summary
 from engine.format.names import attempt_name, step_name
@@ -30,7 +29,7 @@ from engine.plan.image import ShardLayout
 from engine.storage import Storage
 from engine.sync import Ranks, compare
 from engine.transfer import replicas
-from engine.transfer.process import Abort, Commit, Plan, Settings, Tidy, UseImage, Write, WriterProcess
+from engine.transfer.process import Commit, Plan, Settings, Settle, Take, Tidy, UseImage, Write, WriterProcess
 from engine.transfer.stage import LiveImages
 from engine.transfer.staging import Copies, Pending, StagingImage, fits_memory, image_bytes
 from engine.transfer.write import Written
@@ -39,6 +38,9 @@ from engine.writer import Scribe
 logger = logging.getLogger("engine")
 
 OnFailure = Literal["raise", "warn"]
+
+_SETTLE_SHARE = 0.25
+"""Of the timeout: how long to look for what became of a commit that failed."""
 
 
 def _no_manifest(*_: Any) -> Manifest:
@@ -57,14 +59,16 @@ class Save:
     alike: dict[str, Any] = field(default_factory=dict)
     shared: replicas.Digests = field(default_factory=replicas.Digests)
     manifest: Callable[[str, Sequence[IndexEntry], int], Manifest] = _no_manifest
-    before_commit: Callable[[], None] = lambda: None
+    wandb_run_id: str = ""
     on_change: Callable[[list[int]], None] = lambda _: None
     failure: BaseException | None = None
+    number: int = 0
     attempt: str = ""
     write: Callable[[], Written] | None = None
     commit: Callable[[Manifest], None] | None = None
     tidy: Callable[[Summary], None] | None = None
-    abort: Callable[[], None] | None = None
+    settle: Callable[[], bool] | None = None
+    is_settled: bool = False
     slot: int = -1
     pending: Pending | None = None
     blocked: float = 0.0
@@ -86,7 +90,7 @@ class Saves:
         self, ranks: Ranks, storage: Storage, settings: Settings, max_in_flight: int, on_failure: OnFailure = "raise", sinks: Sequence[Sink] = ()
     ) -> None:
         self._ranks, self._settings, self._sinks, self._on_failure = ranks, settings, sinks, on_failure
-        self._scribe = Scribe(storage, ranks.rank, settings.holder, Retention(*settings.retention))
+        self._scribe = Scribe(storage, settings)
         self._max_in_flight = max_in_flight
         self._images: dict[int, StagingImage] = {}
         self._copies: dict[int, tuple[list[torch.Tensor], ShardLayout, Copies]] = {}
@@ -95,6 +99,9 @@ class Saves:
         self._process: WriterProcess | None = None
         self._streams = max_in_flight == 0
         self._number = 0
+        self.lease = ""
+        """Of the run, once this job has taken it: alike on all ranks."""
+        self._taken = ""
         self.committed = ""
         """The step that was committed last, or resumed from: files of it may be linked."""
         self._flying: deque[Save] = deque()
@@ -124,21 +131,22 @@ class Saves:
         if slot is None:
             images = LiveImages(plan.layout, views)
             save.write = lambda: self._scribe.write(save.attempt, plan.layout, images, save.record, self.committed)
-            save.commit = lambda manifest: self._scribe.commit(save.attempt, manifest)
+            save.commit = lambda manifest: self._scribe.commit(save.attempt, manifest, save.wandb_run_id)
             save.tidy = self._scribe.tidy
-            save.abort = lambda: self._scribe.abort(save.attempt)
+            save.settle = lambda: self._scribe.settle(save.attempt)
             return
         save.pending = self._copies_into(slot, plan.layout, views, late).start()
         save.write, save.commit = lambda: self._ask_write(save), lambda manifest: self._ask_commit(save, manifest)
         save.tidy = lambda summary: self._running().ask(f"clear up after step {save.step}", Tidy(summary))
-        save.abort = lambda: self._running().ask("abort", Abort(save.attempt))
+        patience = self._ranks.timeout_seconds * _SETTLE_SHARE
+        save.settle = lambda: self._running().ask(f"settle step {save.step}", Settle(save.attempt), patience_seconds=patience)
         save.slot = slot
 
     def submit(self, save: Save) -> None:
         """Let go of what is staged; what is not is written, or told to the other ranks as this one's failure, before this returns. Every
         rank submits every save, also one that failed here before it began: ranks count them alike."""
         self._number += 1
-        save.attempt = attempt_name(step_name(save.step), self._settings.holder, self._number)
+        save.number = self._number
         if save.slot >= 0:
             self._fly(save)
             return
@@ -187,6 +195,12 @@ class Saves:
             now = time.perf_counter()
             for save in list(self._flying):
                 save.steps.append(now)
+
+    def take(self) -> str:
+        """Take the run for this job, on rank 0; returns the lease's name. A job takes it once: one that has lost it stays without."""
+        if not self._taken:
+            self._taken = self._running().ask("take the run", Take()) if self._max_in_flight else self._scribe.take()
+        return self._taken
 
     def wait_idle(self) -> None:
         """Until nothing is in flight. What failed is kept for :meth:`check`. Each part of a save has a timeout of its own."""
@@ -258,7 +272,9 @@ class Saves:
         return process
 
     def _running(self) -> WriterProcess:
-        """The writer process; a new one where the last has died."""
+        """The writer process; a new one where the last has died. Raises :class:`StorageError` where it cannot even be killed."""
+        if self._process is not None:
+            self._process.check()
         return self._process if self._process is not None and self._process.is_alive else self._start_process()
 
     # ------------------------------------------------------------------ one save, in the courier's thread or the trainer's
@@ -266,9 +282,17 @@ class Saves:
     def _fly(self, save: Save) -> None:
         with self._changed:
             self._flying.append(save)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._courier, name="lockstep-saves", daemon=True)
+            if self._thread is not None:
+                return
+            self._thread = threading.Thread(target=self._courier, name="lockstep-saves", daemon=True)
+            try:
                 self._thread.start()
+                return
+            except RuntimeError as e:
+                warn_counted(
+                    "no thread", "%s: the limit of this user's or container's tasks is reached (ulimit -u, pids.max). Training waits for saves", e
+                )
+        self._courier()
 
     def _courier(self) -> None:
         while True:
@@ -296,15 +320,21 @@ class Saves:
         what = f"save {step_name(save.step)}"
         summaries: list[Summary] = []
         try:
-            decided = self._ranks.round(what, lambda: self._write(save), lambda reports: self._conclude(save, reports, summaries))
+            if not self.lease:
+                self.lease = self._ranks.round(f"{what}: take the run", lambda: self._take_for(save), lambda taken: taken[0])
+            save.attempt = attempt_name(self.lease, step_name(save.step), save.number)
+            decided = self._ranks.round(
+                what, lambda: self._write(save), lambda reports: self._conclude(save, reports, summaries), changes="committed"
+            )
             if drifted := decided["drifted"]:
                 self._ranks.round(f"{what}: compare replicas", lambda: save.shared.of(drifted), replicas.name_the_drift)
             self.committed = step_name(save.step)
             save.on_change(decided["changed"])
-        except BaseException:
-            if self._ranks.rank == 0 and save.abort is not None:
-                with contextlib.suppress(Exception):  # what is left is swept by the next save's
-                    save.abort()
+        except BaseException as e:
+            if self._ranks.rank == 0 and save.attempt and save.settle is not None and not save.is_settled:
+                with contextlib.suppress(Exception):  # what is left is cleared up after the next save
+                    if save.settle():
+                        e.add_note(f"{step_name(save.step)} IS COMMITTED all the same")
             raise
         emit(self._event(save), self._sinks)
         if save.tidy is not None and summaries:
@@ -313,9 +343,17 @@ class Saves:
             except Exception as e:  # noqa: BLE001 - the checkpoint is safe; the next save clears up
                 warn_counted(f"{self._settings.root} tidy", "clearing up after step %d: %s", save.step, e)
 
+    def _take_for(self, save: Save) -> str:
+        """Not for one that could not begin: it makes no folder."""
+        if save.failure is not None:
+            raise save.failure
+        return self.take() if self._ranks.rank == 0 else ""
+
     def _write(self, save: Save) -> dict[str, Any]:
         if save.failure is not None:
             raise save.failure
+        if self._ranks.is_given_up():
+            raise PeerError("the other ranks had given this save up when this rank came to it")
         assert save.write is not None
         if save.pending is not None:
             save.pending.wait()
@@ -331,13 +369,27 @@ class Saves:
         if drifted:
             return {"drifted": drifted, "changed": []}
         assert save.commit is not None
-        save.before_commit()
         written = [msgspec.convert(report["written"], Written) for report in reports]
         indexes = [one.index for one in written] + [one.frozen for one in written if one.frozen is not None]
         manifest = save.manifest(save.attempt, indexes, sum(one.size_bytes for one in written))
-        save.commit(manifest)
+        try:
+            save.commit(manifest)
+        except Exception as e:
+            if not self._settle(save, e):
+                raise
         summaries.append(manifest.summary)
         return {"drifted": [], "changed": sorted({number for one in written for number in one.changed})}
+
+    def _settle(self, save: Save, error: Exception) -> bool:
+        """Whether a commit that failed has made its step visible all the same. Whoever reads the answer must not be misled."""
+        assert save.settle is not None
+        save.is_settled = True
+        try:
+            return save.settle()
+        except Exception as e:  # noqa: BLE001 - whatever it is, the answer is not known
+            raise StorageError(
+                f"{error}. THE STEP MAY HAVE BEEN COMMITTED all the same, which could not be found out ({e}): `engine ls` shows it"
+            ) from error
 
     def _ask_write(self, save: Save) -> Written:
         process = self._running()
@@ -352,7 +404,8 @@ class Saves:
         return msgspec.convert(answer, Written)
 
     def _ask_commit(self, save: Save, manifest: Manifest) -> None:
-        self._running().ask(f"commit step {save.step}", Commit(save.attempt, manifest.summary, manifest.indexes, manifest.record))
+        order = Commit(save.attempt, manifest.summary, manifest.indexes, manifest.record, save.wandb_run_id)
+        self._running().ask(f"commit step {save.step}", order, self._ranks.sign)
 
     def _event(self, save: Save) -> SaveEvent:
         now, times = time.perf_counter(), [b - a for a, b in zip(save.steps, save.steps[1:], strict=False)]

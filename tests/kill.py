@@ -44,14 +44,15 @@ def dying(at: int | None, exchange: bool = True) -> Iterator[Death]:
         patch.setattr(os, "fsync", lambda fd: death.strike("fsync"))
         patch.setattr(os, "write", _torn(death, os.write))
         patch.setattr(os, "open", _created(death, os.open))
-        patch.setattr(local, "_exchange", _counted(death, "exchange", local._exchange) if exchange else lambda a, b: False)
+        patch.setattr(local, "_exchange", _counted(death, "exchange", local._exchange) if exchange else lambda *_: False)
         with suppress(Killed):
             yield death
 
 
 def _counted(death: Death, name: str, real):
     def call(*args, **kwargs):
-        death.strike(f"{name} {os.path.basename(os.fspath(args[0]))}")
+        path = next(arg for arg in args if not isinstance(arg, int))
+        death.strike(f"{name} {os.path.basename(os.fspath(path))}")
         return real(*args, **kwargs)
 
     return call

@@ -293,7 +293,7 @@ def test_a_disk_that_is_full_loses_nothing_committed(step):
         pytest.raises(StorageError, match=rf"cannot write .*{re.escape(SHARD)}: File too large .*committed before are untouched"),
     ):
         checkpointer.save(Progress(step=2))
-    assert sorted(os.listdir(step.parent)) == [".lease", "latest", "run.json", step.name], "nothing torn is left"
+    assert sorted(os.listdir(step.parent)) == [".lease_00000002", "latest", "run.json", step.name], "nothing torn is left"
     checkpointer.save(Progress(step=3))
     Checkpointer(step.parent, model).resume("step:1")
     assert same(state(model), state(make(seed=0)))

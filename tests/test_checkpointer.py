@@ -265,18 +265,18 @@ def test_an_existing_step_is_replaced(tmp_path):
     with torch.no_grad():
         made[0].weight.fill_(5.0)
     checkpointer.save(Progress(step=1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease", "latest", "run.json", "step_00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease_00000001", "latest", "run.json", "step_00000001"]
     other = model(1)
     Checkpointer(tmp_path, other).resume("step:1")
     assert torch.equal(other[0].weight, made[0].weight)
 
 
 def test_a_step_is_replaced_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.storage.local._exchange", lambda a, b: False)
+    monkeypatch.setattr("engine.storage.local._exchange", lambda *_: False)
     checkpointer = Checkpointer(tmp_path, model(0))
     checkpointer.save(Progress(step=1, epoch=1))
     checkpointer.save(Progress(step=1, epoch=2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease", "latest", "run.json", "step_00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lease_00000001", "latest", "run.json", "step_00000001"]
     assert checkpointer.resume().epoch == 2
 
 

@@ -242,7 +242,7 @@ def test_a_writers_failure_is_told_at_the_next_call_and_saves_go_on(tmp_path, mo
     assert not [entry for entry in os.listdir(tmp_path) if entry.startswith(".step")]
 
 
-@pytest.mark.parametrize("order", [process.Write(0, "attempt", bytes(10_000_000), ""), process.Abort("attempt")], ids=["large", "small"])
+@pytest.mark.parametrize("order", [process.Write(0, "attempt", bytes(10_000_000), ""), process.Settle("attempt")], ids=["large", "small"])
 def test_a_writer_that_reads_nothing_is_killed_after_the_timeout(tmp_path, monkeypatch, order):
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-c", "import time; time.sleep(1000)"))
     writer = process.WriterProcess(process.Settings(str(tmp_path), 0, "holder", (None, None, None, True)), timeout_seconds=1)

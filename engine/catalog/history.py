@@ -7,7 +7,7 @@ from engine.catalog.listing import absent, read_summary, steps, summaries
 from engine.catalog.pointers import read_pointer
 from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError
 from engine.format.manifest import Line
-from engine.format.names import LATEST, parse_hidden, parse_step
+from engine.format.names import LATEST, parse_hidden, parse_lease, parse_step
 from engine.storage import Storage
 
 logger = logging.getLogger("engine")
@@ -88,7 +88,7 @@ def lineage_after(storage: Storage, parent_folder: str | None, name: str) -> tup
 
 def _unknown(storage: Storage, found: list[Named]) -> set[int]:
     """The numbers of steps that may be of any line: not readable, perhaps only by this version, or aside until a sweep restores them."""
-    hidden = [parse_hidden(name) for name in storage.names("")]
+    hidden = [parse_hidden(name) for lease in storage.names("") if parse_lease(lease) is not None for name in storage.names(lease)]
     aside = [parse_step(h.step) for h in hidden if h is not None and h.state == "replaced"]
     numbers = {step.number for step in steps(storage)} | {number for number in aside if number is not None}
     return numbers - {s.step for _, s in found}

@@ -4,6 +4,7 @@ line before stays, but is never taken for the run's present. Pure."""
 from collections.abc import Iterable
 
 from engine.format.manifest import Line, Summary
+from engine.format.names import attempt_order
 
 Named = tuple[str, Summary]
 """A step's folder, and the head of its manifest."""
@@ -31,8 +32,9 @@ def line_to(step: Summary, found: Iterable[Named]) -> list[Named]:
 
 
 def saved_last(found: Iterable[Named]) -> Named | None:
-    """By the clock, whatever the line; of two in the same instant the one with the higher number."""
-    return max(found, key=lambda named: (named[1].created, named[1].step), default=None)
+    """Return the step that was saved last, whatever the line: of the newest lease the last attempt. The clock, which may have been set
+    back, counts where the attempts say nothing."""
+    return max(found, key=lambda named: (attempt_order(named[1].attempt) or (0, 0), named[1].created, named[1].step), default=None)
 
 
 def ranked(found: Iterable[Named], monitor: str, mode: str) -> list[Named]:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from engine.errors import CheckpointCorrupt, EngineError
 from engine.format import manifest
 from engine.format.manifest import MANIFEST, Manifest, Summary
-from engine.format.names import parse_step
+from engine.format.names import is_misplaced, parse_step
 from engine.storage import Reader, Storage
 
 logger = logging.getLogger("engine")
@@ -32,13 +32,22 @@ def steps(storage: Storage) -> list[Step]:
 
 
 def read_summary(storage: Storage, folder: str) -> Summary:
-    """The head of a step's manifest, checksummed. Raises :class:`CheckpointCorrupt`."""
-    return _read(storage, folder, manifest.read_summary)
+    """Return the head of a step's manifest, checksummed. Raises :class:`CheckpointCorrupt`, also where it is a different step's."""
+    return _named(storage, folder, _read(storage, folder, manifest.read_summary))
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
-    """A step's whole manifest, checksummed. Raises :class:`CheckpointCorrupt`."""
-    return _read(storage, folder, manifest.read_manifest)[0]
+    """Return a step's whole manifest, checksummed. Raises :class:`CheckpointCorrupt`, also where it is a different step's."""
+    found = _read(storage, folder, manifest.read_manifest)[0]
+    _named(storage, folder, found.summary)
+    return found
+
+
+def _named(storage: Storage, folder: str, summary: Summary) -> Summary:
+    """A folder that was renamed, or copied over, would be taken for the step of that number."""
+    if is_misplaced(folder, summary.step):
+        raise CheckpointCorrupt(f"{storage.root}/{folder} holds step {summary.step}: it has been renamed or is a copy. Name it back, or remove it")
+    return summary
 
 
 def _read(storage: Storage, folder: str, decode: Callable[[Reader, str], T]) -> T:
@@ -61,10 +70,7 @@ def summaries(storage: Storage, names: Iterable[str] | None = None) -> list[tupl
             if storage.exists(f"{name}/{MANIFEST}"):
                 logger.warning("%s is passed over: %s", name, e)
             continue
-        if summary.step == parse_step(name):
-            found.append((name, summary))
-        else:
-            logger.warning("%s/%s is passed over: it holds step %d, so it has been renamed. Name it back", storage.root, name, summary.step)
+        found.append((name, summary))
     return sorted(found, key=lambda named: named[1].step)
 
 

@@ -15,7 +15,7 @@ def read_pointer(storage: Storage, pointer: str) -> str:
         return ""
 
 
-def point_best(storage: Storage, name: str) -> None:
+def point_best(storage: Storage, name: str, lease: str) -> None:
     """Let ``best`` name this step. Not written where it does so already: the best seldom changes. Raises :class:`StorageError`."""
     if read_pointer(storage, BEST) != name:
-        storage.point(BEST, f"{name}\n")
+        storage.point(BEST, f"{name}\n", lease)

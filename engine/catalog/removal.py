@@ -1,66 +1,91 @@
-"""Deleting. A step is hidden before it is removed, so that a kill at any instant leaves no half of one in view."""
+"""Deleting. A step is hidden before it is removed, so that a kill at any instant leaves no half of one in view.
+
+Of a rename that hides an attempt and the one that would commit it, one succeeds: so nothing that is being removed can come into view.
+"""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from engine.catalog.listing import read_summary
 from engine.errors import EngineError, UsageError
 from engine.format.manifest import MANIFEST
-from engine.format.names import Hidden, attempt_name, parse_hidden, parse_step
+from engine.format.names import is_fenced, parse_hidden, parse_step, removed_name
 from engine.storage import Storage
-from engine.storage.base import REMOVED, REPLACED
+from engine.storage.base import REPLACED
 
 logger = logging.getLogger("engine")
 
+_ROUNDS = 5
+"""Of clearing a folder into which a job that has lost the run may still be putting something."""
 
-def delete_step(storage: Storage, name: str) -> None:
+
+def delete_step(storage: Storage, name: str, lease: str) -> None:
     """Delete the step in folder ``name``, atomically for whoever looks. The one place that deletes a step.
 
     One that is gone already is no error, and what the medium will not remove stays hidden, for :func:`sweep`.
-    Raises :class:`StorageError` if it cannot even be hidden, and :class:`UsageError` for a name that is no step's.
+    Raises :class:`StorageError` if it cannot even be hidden, FileNotFoundError where the lease is lost, and :class:`UsageError` for a
+    name that is no step's.
     """
     if parse_step(name) is None:
         raise UsageError(f"{name!r} is no step's folder; a step is deleted by its name, such as step_00001000")
-    for left, hidden in _ours(storage).items():
-        if hidden.step == name and hidden.state == "replaced":
-            _discard(storage, left, name)  # or a sweep would restore it in the place of what is deleted now
-    _discard(storage, name, name)
+    for left in storage.names(lease):
+        if (hidden := parse_hidden(left)) is not None and hidden.step == name and hidden.state == "replaced":
+            discard(storage, f"{lease}/{left}", removed_name(lease, name))  # or it would be restored in the place of what is deleted now
+    if storage.exists(name):
+        discard(storage, name, removed_name(lease, name))
 
 
-def sweep(storage: Storage, keep: str = "") -> None:
-    """Clear up after killed saves and deletions: :func:`restore`, then remove what they hid.
+def sweep(storage: Storage) -> None:
+    """Clear up after the jobs that have lost the run: restore the steps that they had aside, and remove all else that they left.
 
-    ``keep`` is the job whose saves may be under way (see :mod:`engine.catalog.lease`); nobody else may be saving into this run. Names
-    that are not ours are left alone.
-    Best effort: what the medium refuses is logged.
+    Called by the job that has taken it. Best effort: what the medium refuses is logged.
     """
-    restore(storage, keep)
-    for name, hidden in _ours(storage, keep).items():
-        with _logged(storage, name):
-            if hidden.state != "replaced":
-                _remove(storage, name)
-            elif storage.exists(f"{hidden.step}/{MANIFEST}") or not storage.exists(f"{name}/{MANIFEST}"):  # else it is all there is of it
-                _discard(storage, name, hidden.step)
+    for _ in range(_ROUNDS):
+        folders = [name for name in storage.names("") if is_fenced(name)]
+        if not folders:
+            return
+        restore(storage, folders)
+        for folder in folders:
+            with _logged(storage, folder):
+                if clear(storage, folder):
+                    storage.drop_folder(folder)
 
 
-def restore(storage: Storage, keep: str = "") -> None:
-    """Put a step back that was aside for a replacement that never came: on storage that cannot exchange two names, a kill between
-    two renames leaves none in view. Best effort, as :func:`sweep`; unlike it, this removes nothing."""
+def clear(storage: Storage, folder: str, keep: Callable[[str], bool] = lambda name: False) -> bool:
+    """Remove from a lease's folder what its job has left, but for what ``keep`` says, and a step that is aside and has no other in its
+    place. Returns whether all is gone."""
+    gone = True
+    for name in storage.names(folder):
+        path, hidden = f"{folder}/{name}", parse_hidden(name)
+        is_all_there_is = hidden is not None and hidden.state == "replaced" and not storage.exists(f"{hidden.step}/{MANIFEST}")
+        if keep(name) or (is_all_there_is and storage.exists(f"{path}/{MANIFEST}")):
+            gone = False
+            continue
+        with _logged(storage, path):
+            if hidden is None or hidden.state == "removed":
+                _remove(storage, path)
+            else:
+                discard(storage, path, removed_name(folder, hidden.step))
+    return gone
+
+
+def restore(storage: Storage, folders: list[str]) -> None:
+    """Put steps back that were aside for a replacement that never came: on storage that cannot exchange two names, a kill between
+    two renames leaves none in view. Best effort."""
     aside: dict[str, list[str]] = {}
-    for name, hidden in _ours(storage, keep).items():
-        if hidden.state == "replaced" and storage.exists(f"{name}/{MANIFEST}") and not storage.exists(hidden.step):
-            aside.setdefault(hidden.step, []).append(name)
-    for step, names in aside.items():
-        newest = max(names, key=lambda name: (storage.exists(name.removesuffix(REPLACED)), _created(storage, name)))
+    for folder in folders:
+        for name in storage.names(folder):
+            hidden = parse_hidden(name)
+            if hidden is not None and hidden.state == "replaced" and storage.exists(f"{folder}/{name}/{MANIFEST}"):
+                aside.setdefault(hidden.step, []).append(f"{folder}/{name}")
+    for step, paths in aside.items():
+        if storage.exists(step):
+            continue
+        newest = max(paths, key=lambda path: (storage.exists(path.removesuffix(REPLACED)), _created(storage, path)))
         with _logged(storage, newest):
             storage.rename(newest, step)
             logger.warning("%s/%s is restored: a save was about to replace it when it was killed", storage.root, step)
-
-
-def _ours(storage: Storage, keep: str = "") -> dict[str, Hidden]:
-    found = {name: hidden for name in sorted(storage.names("")) if (hidden := parse_hidden(name)) is not None}
-    return {name: hidden for name, hidden in found.items() if not hidden.is_of(keep)}
 
 
 def _created(storage: Storage, folder: str) -> float:
@@ -70,23 +95,23 @@ def _created(storage: Storage, folder: str) -> float:
         return float("-inf")
 
 
-def _discard(storage: Storage, name: str, step: str) -> None:
-    """Hide a whole folder as one that is being removed, durably; only then remove it."""
-    removed = f"{attempt_name(step)}{REMOVED}"
-    with contextlib.suppress(FileNotFoundError):
-        storage.rename(name, removed)
-        with _logged(storage, removed):
-            _remove(storage, removed)
+def discard(storage: Storage, path: str, removed: str) -> None:
+    """Hide a whole folder as one that is being removed, durably; only then remove it. FileNotFoundError where it is gone."""
+    storage.rename(path, removed)
+    with _logged(storage, removed):
+        _remove(storage, removed)
 
 
-def _remove(storage: Storage, name: str) -> None:
+def _remove(storage: Storage, path: str) -> None:
     with contextlib.suppress(FileNotFoundError):  # somebody else removes it too
-        storage.remove_folder(name)
+        storage.remove(path)
 
 
 @contextlib.contextmanager
 def _logged(storage: Storage, name: str) -> Iterator[None]:
     try:
         yield
-    except (EngineError, FileNotFoundError) as e:
+    except FileNotFoundError:  # somebody else has cleared it up
+        pass
+    except EngineError as e:
         logger.warning("%s/%s is left over and was not cleared up: %s", storage.root, name, e)

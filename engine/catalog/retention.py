@@ -39,13 +39,30 @@ def expired(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retent
     if retention.last is None or head is None:
         return []
     line = line_to(head, steps)
-    kept = {latest, step_name(head.best_step), *(name for name, _ in line[-retention.last :])}
+    kept = _for_now(line, latest, head, retention)
     if retention.every is not None:
         kept.update(name for name, s in line if s.step % retention.every == 0)
-    if retention.best is not None:
-        kept.update(name for name, _ in ranked(line, head.monitor, head.mode)[: retention.best])
     left = [] if retention.abandoned else left_behind(steps, latest)
     return [name for name, _ in sorted([*line, *left], key=lambda step: step[1].step) if name not in kept]
+
+
+def settled(steps: Sequence[tuple[str, Summary]], latest: str, retention: Retention) -> list[str]:
+    """Return the folders of those ``steps`` that stay for good, as long as the line goes on: :func:`expired` need not hear of them."""
+    head = dict(steps).get(latest)
+    if retention.last is None or head is None:
+        return []
+    line = line_to(head, steps)
+    kept = {*_for_now(line, latest, head, retention), *expired(steps, latest, retention)}
+    return [name for name, _ in steps if name not in kept]
+
+
+def _for_now(line: Sequence[tuple[str, Summary]], latest: str, head: Summary, retention: Retention) -> set[str]:
+    """What is kept until newer or better steps come. What was once passed by them is never among the newest or best again."""
+    assert retention.last is not None
+    kept = {latest, step_name(head.best_step), *(name for name, _ in line[-retention.last :])}
+    if retention.best is not None:
+        kept.update(name for name, _ in ranked(line, head.monitor, head.mode)[: retention.best])
+    return kept
 
 
 def left_behind(steps: Sequence[tuple[str, Summary]], latest: str) -> list[tuple[str, Summary]]:

@@ -6,7 +6,7 @@ from engine.catalog import Run, Step, descends_from, find, read_summary, runs_be
 from engine.cli.text import megabytes, moment, numbers, printable, table
 from engine.errors import CheckpointNotFound, EngineError
 from engine.format.manifest import Summary
-from engine.format.names import BEST, LATEST, step_name
+from engine.format.names import BEST, LATEST
 from engine.storage import LocalStorage, Storage
 
 
@@ -52,8 +52,6 @@ def _marks(storage: Storage, heads: dict[str, Summary]) -> dict[str, str]:
         parts = [mark for mark, named in (("latest", latest), (f"best {head.monitor}".rstrip(), best)) if name == named]
         if present and not descends_from(present, head):
             parts.append("other line")
-        if step_name(head.step) != name:
-            parts.append(f"renamed: it holds step {head.step}")
         marks[name] = f"← {', '.join(parts)}" if parts else ""
     return marks
 

@@ -9,14 +9,15 @@ from engine.storage.base import REMOVED, REPLACED
 LATEST = "latest"
 BEST = "best"
 RUN_FILE = "run.json"
-LEASE = ".lease"
 _STEP = re.compile(r"step_(\d{8,18})")
-_HIDDEN = re.compile(rf"(\.(step_\d{{8,18}})\.[0-9a-f]{{12}})({re.escape(REPLACED)}|{re.escape(REMOVED)})?")
+_LEASE = re.compile(r"\.lease_(\d{8,18})")
+_FENCED = re.compile(r"\.fenced_[0-9a-f]{16}")
+_HIDDEN = re.compile(rf"((step_\d{{8,18}})\.[0-9a-f]{{4,12}})({re.escape(REPLACED)}|{re.escape(REMOVED)})?")
 _RUN = re.compile(r"run_(\d{3,9})")
 
 
 class Hidden(NamedTuple):
-    """What a hidden folder is: the step it would be or was, the attempt it belongs to, and its state.
+    """What a folder below a lease's is: the step it would be or was, the name of the attempt it belongs to, and its state.
 
     ``attempt``: a save that has not committed, or what it replaced, exchanged for it. ``replaced``: a whole step, aside while a
     new one takes its place. ``removed``: a step that is being deleted, perhaps in part.
@@ -25,9 +26,6 @@ class Hidden(NamedTuple):
     step: str
     attempt: str
     state: Literal["attempt", "replaced", "removed"]
-
-    def is_of(self, holder: str) -> bool:
-        return bool(holder) and self.attempt.rpartition(".")[2].startswith(holder)
 
 
 def step_name(step: int) -> str:
@@ -40,14 +38,45 @@ def parse_step(name: str) -> int | None:
     return int(found[1]) if found and step_name(int(found[1])) == name else None
 
 
-def new_holder() -> str:
-    """A name for a job that saves into a run: eight hexadecimal digits, which the names of its attempts begin with."""
-    return os.urandom(4).hex()
+def is_misplaced(folder: str, step: int) -> bool:
+    """Whether a folder that is named as a step's is not that of ``step``: renamed, or a copy. It would be taken for what its name says."""
+    return parse_step(folder) not in (None, step)
 
 
-def attempt_name(step: str, holder: str = "", number: int = 0) -> str:
-    """A hidden name for the step folder ``step``: of ``holder``'s save ``number``, alike on all its ranks; without one, a new name."""
-    return f".{step}.{holder}{number & 0xFFFF:04x}" if holder else f".{step}.{os.urandom(6).hex()}"
+def lease_name(token: int) -> str:
+    return f".lease_{token:08d}"
+
+
+def parse_lease(name: str) -> int | None:
+    """The token in the name of a lease's folder; None for any other name."""
+    found = _LEASE.fullmatch(name)
+    return int(found[1]) if found and lease_name(int(found[1])) == name else None
+
+
+def fenced_name() -> str:
+    """A new name for the folder of a lease that is lost."""
+    return f".fenced_{os.urandom(8).hex()}"
+
+
+def is_fenced(name: str) -> bool:
+    return _FENCED.fullmatch(name) is not None
+
+
+def attempt_name(lease: str, step: str, number: int) -> str:
+    """The hidden folder of the save ``number`` of a lease, which may become ``step``: alike on all ranks."""
+    return f"{lease}/{step}.{number:04x}"
+
+
+def attempt_order(attempt: str) -> tuple[int, int] | None:
+    """By which attempts are in the order in which they were begun, whatever the clocks said. None for any other name."""
+    lease, _, name = attempt.partition("/")
+    token, hidden = parse_lease(lease), parse_hidden(name)
+    return (token, int(name.rpartition(".")[2], 16)) if token is not None and hidden is not None and hidden.state == "attempt" else None
+
+
+def removed_name(lease: str, step: str) -> str:
+    """A new name for a step that is being removed."""
+    return f"{lease}/{step}.{os.urandom(6).hex()}{REMOVED}"
 
 
 def parse_hidden(name: str) -> Hidden | None:

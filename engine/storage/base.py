@@ -1,4 +1,8 @@
-"""What transfer and catalog ask of a storage. Paths are relative, with forward slashes, below the storage's root."""
+"""What transfer and catalog ask of a storage. Paths are relative, with forward slashes, below the storage's root.
+
+Every change of a run is a rename out of a job's own folder or into it (:mod:`engine.catalog.lease`), so the promise that all the others
+rest on is this: of two renames that need one name, or a folder on the way to it, one succeeds, and the other is FileNotFoundError.
+"""
 
 from typing import Protocol
 
@@ -59,6 +63,11 @@ class Storage(Protocol):
         """Give a file a further name that nothing has, without a copy. False where the storage cannot, or the file is gone."""
         ...
 
+    def stamp(self, path: str) -> tuple[int, ...] | None:
+        """What a file is recognized by: a different one, or one that was written to since, has a different stamp. None where there is no
+        regular file."""
+        ...
+
     def make_folder(self, path: str) -> None:
         """Durably, with the folders above it. One that exists is no error."""
         ...
@@ -68,19 +77,26 @@ class Storage(Protocol):
         ...
 
     def publish(self, hidden: str, visible: str) -> None:
-        """Make a finished folder visible under its name, atomically and durably, replacing one that is there."""
+        """Make a finished folder visible under its name, atomically and durably, replacing one that is there. What it replaces lies
+        beside ``hidden`` until it is removed."""
         ...
 
     def rename(self, folder: str, name: str) -> None:
         """Give a folder a name that nothing has, atomically and durably. A name that is taken is a :class:`StorageError`."""
         ...
 
-    def point(self, path: str, text: str) -> None:
-        """Replace a small text file atomically and durably."""
+    def point(self, path: str, text: str, within: str) -> None:
+        """Replace a small text file atomically and durably, by a rename out of the folder ``within``: FileNotFoundError where that is
+        gone."""
         ...
 
     def sync_folder(self, path: str) -> None: ...
 
-    def remove_folder(self, path: str) -> None:
-        """With all that is in it, entry by entry: hide a folder by :meth:`rename` before, or a kill leaves half of it in view."""
+    def remove(self, path: str) -> None:
+        """A file, or a folder with all that is in it, entry by entry: hide a folder by :meth:`rename` before, or a kill leaves half of it
+        in view."""
+        ...
+
+    def drop_folder(self, path: str) -> bool:
+        """Remove an empty folder; False where it is gone, or has something in it."""
         ...

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -52,15 +53,16 @@ def _places() -> list[str]:
 COMMAND = (sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _BOOT.format(places=_places()))  # type: ignore[attr-defined]
 _LENGTH = struct.Struct("<Q")
 _PATIENCE_SECONDS = 10.0  # for a process that has nothing left to do but to end
+_END_SECONDS = 1.0  # for one that was killed
 
 
 class Settings(Struct, tag=True):
-    """The first message: the run's folder, this rank, the name of this job's lease of the run, and its retention."""
+    """The first message: the run's folder, this rank, the run's retention, and its config, as :func:`~engine.transfer.runfile.in_json`."""
 
     root: str
     rank: int
-    holder: str
     retention: tuple[int | None, int | None, int | None, bool]
+    config: dict[str, Any]
 
 
 class Plan(Struct, tag=True):
@@ -76,6 +78,10 @@ class UseImage(Struct, tag=True):
 
     slot: int
     size_bytes: int
+
+
+class Take(Struct, tag=True):
+    """Take the run for this job; rank 0's writer only. Answered by the lease's name."""
 
 
 class Write(Struct, tag=True):
@@ -95,6 +101,7 @@ class Commit(Struct, tag=True):
     summary: Summary
     indexes: tuple[IndexEntry, ...]
     record: bytes
+    wandb_run_id: str
 
 
 class Tidy(Struct, tag=True):
@@ -103,11 +110,13 @@ class Tidy(Struct, tag=True):
     summary: Summary
 
 
-class Abort(Struct, tag=True):
+class Settle(Struct, tag=True):
+    """Make sure that ``attempt`` is a step, or never will be; rank 0's writer only. Answered by whether it is."""
+
     attempt: str
 
 
-Order = Settings | Plan | UseImage | Write | Commit | Tidy | Abort
+Order = Settings | Plan | UseImage | Take | Write | Commit | Tidy | Settle
 
 
 class Done(Struct, tag=True):
@@ -180,7 +189,8 @@ class WriterProcess:
         self._process = subprocess.Popen([*COMMAND, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._channel = Channel(ours)
-        self._doing = ""
+        self._owner, self._is_killed = os.getpid(), False
+        _processes.add(self)
         self._send("start", settings)
 
     @property
@@ -195,13 +205,21 @@ class WriterProcess:
         """An order without an answer."""
         self._send(type(order).__name__, order, fd)
 
-    def ask(self, what: str, order: Order, on_alive: Callable[[], None] = lambda: None) -> Any:
+    def check(self) -> None:
+        """Raises :class:`StorageError` where the process was killed and does not end: the storage holds it in the kernel."""
+        if self._is_killed and self.is_alive:
+            raise StorageError(
+                f"the writer process {self.pid} was killed and does not end: the storage hangs in the system (see its log; a hard NFS mount waits "
+                "for its server). Saves fail until it goes on. Checkpoints committed before are untouched"
+            )
+
+    def ask(self, what: str, order: Order, on_alive: Callable[[], None] = lambda: None, patience_seconds: float | None = None) -> Any:
         """The answer's value. Raises what the process raised, with its traceback, or :class:`StorageError` if it died, or gave no sign
-        of life for the timeout."""
+        of life for ``patience_seconds``, the timeout by default."""
         self._send(what, order)
         ticker = Ticker(what)
         while True:
-            answer = self._receive(what)
+            answer = self._receive(what, self._timeout_seconds if patience_seconds is None else patience_seconds)
             if isinstance(answer, Alive):
                 ticker.add(answer.size_bytes)
                 on_alive()
@@ -215,19 +233,26 @@ class WriterProcess:
                 logger.log(answer.level, "%s", answer.text)
 
     def stop(self) -> None:
-        """Close, and wait until it has ended."""
-        with contextlib.suppress(OSError):
-            self._channel.socket.close()
+        """Close, and wait until it has ended. One that was killed and does not end is left: nothing can be done about it."""
+        self.let_go()
+        if os.getpid() != self._owner or self._is_killed:
+            return
         try:
             self._process.wait(_PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def kill(self) -> None:
+    def let_go(self) -> None:
+        """Close this process's end of the socket; the writer ends when no process has it."""
         with contextlib.suppress(OSError):
             self._channel.socket.close()
+
+    def kill(self) -> None:
+        self.let_go()
+        self._is_killed = True
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
 
     def _send(self, what: str, order: Struct, fd: int | None = None) -> None:
         try:
@@ -237,8 +262,8 @@ class WriterProcess:
         except OSError:
             raise self._death(what) from None
 
-    def _receive(self, what: str) -> Any:
-        deadline = time.monotonic() + self._timeout_seconds
+    def _receive(self, what: str, patience_seconds: float) -> Any:
+        deadline = time.monotonic() + patience_seconds
         try:
             while not select.select([self._channel.socket], [], [], max(0.0, min(1.0, deadline - time.monotonic())))[0]:
                 if time.monotonic() >= deadline:
@@ -267,3 +292,15 @@ class WriterProcess:
             f"{what}: the writer process {self.pid} {how}. Look at this rank's stderr and the system log (out of memory?). Checkpoints committed "
             "before are untouched; the next save starts a new one"
         )
+
+
+_processes: "weakref.WeakSet[WriterProcess]" = weakref.WeakSet()
+
+
+def _let_go_of_all() -> None:
+    """In a fork, such as a DataLoader's worker: a writer must end with its trainer, and not with the last of its children."""
+    for process in list(_processes):
+        process.let_go()
+
+
+os.register_at_fork(after_in_child=_let_go_of_all)

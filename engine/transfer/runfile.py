@@ -13,11 +13,11 @@ from engine.storage import Storage
 _MAX_BYTES = 1 << 26
 
 
-def write_run_file(storage: Storage, config: Mapping[str, Any], wandb_run_id: str = "") -> None:
+def write_run_file(storage: Storage, config: Mapping[str, Any], lease: str, wandb_run_id: str = "") -> None:
     """Written once, atomically; afterwards only another ``wandb_run_id`` changes it. Raises :class:`StorageError`.
 
-    It has the run's number, if the folder is called ``run_NNN``; the config's ``experiment_name``; when it was made; the config; and
-    the tracker's id, if one is given. A file that is there but is not ours stays as it is.
+    It has the run's number, if the folder is called ``run_NNN``; the config's ``experiment_name``; when it was made; the config, as
+    :func:`in_json`; and the tracker's id, if one is given. A file that is there but is not ours stays as it is.
     """
     if storage.exists(RUN_FILE):
         known = read_run_file(storage)
@@ -30,10 +30,15 @@ def write_run_file(storage: Storage, config: Mapping[str, Any], wandb_run_id: st
             "experiment_name": config.get("experiment_name"),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "wandb_run_id": wandb_run_id or None,
-            "config": _with_text_keys(config),
+            "config": config,
         }
         known = {name: value for name, value in known.items() if value is not None}
-    storage.point(RUN_FILE, json.dumps(known, indent=2, default=repr) + "\n")
+    storage.point(RUN_FILE, json.dumps(known, indent=2) + "\n", lease)
+
+
+def in_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as JSON can hold it: keys as text, and values of other types by their ``repr``."""
+    return json.loads(json.dumps(_with_text_keys(config), default=repr))
 
 
 def read_run_file(storage: Storage) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Staging: the copy of a rank's state that its writer process reads. All that training waits for is the copy into it."""
 
+import ctypes
 import logging
 import mmap
 import os
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Protocol
@@ -23,17 +25,20 @@ _SHARE_OF_FREE_MEMORY = 0.6
 
 class StagingImage:
     """Memory for the files of one save, allocated and mapped when this is made. ``fd`` is what another process maps it from: it has no
-    name, so it cannot be left over. Raises OSError where the memory is not to be had."""
+    name, so it cannot be left over. A fork of this process does not have it. Raises OSError where the memory is not to be had."""
 
     def __init__(self, size_bytes: int, pinned: bool = False) -> None:
         self.size_bytes = size_bytes
         self.fd = os.memfd_create("lockstep-image", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.fd, 0, size_bytes)
-            self.memory = torch.frombuffer(mmap.mmap(self.fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
+            self._map = mmap.mmap(self.fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._map.madvise(mmap.MADV_DONTFORK)
+            self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
         except OSError:
             os.close(self.fd)
             raise
+        _images.add(self)
         self._pinned = pinned and int(_cuda().cudaHostRegister(self.memory.data_ptr(), size_bytes, 0)) == 0
 
     def close(self) -> None:
@@ -42,7 +47,25 @@ class StagingImage:
                 _cuda().cudaHostUnregister(self.memory.data_ptr())
             os.close(self.fd)
             self.fd = -1
-            del self.memory
+            del self.memory, self._map
+
+    def forget(self) -> None:
+        """In a fork, which has no such memory: where it was, something else may be by now, and must not be unmapped in its place."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))  # so it is never collected
+
+
+_images: "weakref.WeakSet[StagingImage]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for image in list(_images):
+        image.forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def _cuda() -> Any:

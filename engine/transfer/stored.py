@@ -1,6 +1,7 @@
 """A committed step, opened for reading: its manifest, and the ranks' indexes on demand. All of it is hostile input."""
 
 import math
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from engine.format.manifest import (
     read_manifest,
     read_page,
 )
+from engine.format.names import is_misplaced
 from engine.format.safetensors import READ_HEADER_BYTES
 from engine.format.tiling import tiles
 from engine.state.boxes import check_tiling, part_box
@@ -169,6 +171,10 @@ class StoredCheckpoint:
                 self.manifest_bytes = reader.size_bytes
         except FileNotFoundError:
             raise CheckpointNotFound(f"{self.where} holds no checkpoint: it has no file '{MANIFEST}'") from None
+        if is_misplaced(os.path.basename(self.where), self.manifest.summary.step):
+            raise CheckpointCorrupt(
+                f"{self.where} holds step {self.manifest.summary.step}: it has been renamed or is a copy. Name it back, or remove it"
+            )
         _check_manifest(self.manifest, f"{self.where}/{MANIFEST}")
         self.tensors: dict[str, LogicalTensor] = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._numbers = {tensor.name: number for number, tensor in enumerate(self.manifest.tensors)}

@@ -13,7 +13,7 @@ from engine.errors import CheckpointNotFound, EngineError
 from engine.format.checksum import digest
 from engine.format.layout import Absent, LogicalTensor
 from engine.format.manifest import MANIFEST, Chunk, FileEntry
-from engine.format.names import parse_step, step_name
+from engine.format.names import parse_step
 from engine.format.record import decode_record
 from engine.format.safetensors import Entry, as_stored, decode_header
 from engine.format.tiling import Tiling
@@ -83,9 +83,6 @@ class _Verification:
     def check_manifest(self) -> None:
         """Envelope, checksums and rules are checked by who opens it."""
         stored, summary = self._stored, self._stored.manifest.summary
-        number = parse_step(os.path.basename(stored.where))
-        if number not in (None, summary.step):
-            self._add(MANIFEST, f"is of {step_name(summary.step)}: folders have been swapped or renamed")
         if summary.tensors != len(self._tensors):
             self._add(MANIFEST, f"has {len(self._tensors)} tensors; its head says {summary.tensors}")
         self._check_record(stored.manifest.record, MANIFEST)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Protocol
 
@@ -50,14 +51,21 @@ class Images(Protocol):
 class Reuse(Protocol):
     """What is known of files of content that does not change, from save to save."""
 
-    def take(self, path: str) -> bool:
-        """Whether the file, an attempt's, has got its content by a link from an earlier step."""
+    def take(self, path: str, is_sound: Callable[[str], bool]) -> bool:
+        """Whether the file, an attempt's, has got its content by a link from an earlier step. ``is_sound`` reads a file of that name and
+        says whether it has that content."""
+        ...
+
+    def wrote(self, path: str) -> None:
+        """The file has been written, as there was none to link."""
         ...
 
 
 class NoReuse:
-    def take(self, path: str) -> bool:
+    def take(self, path: str, is_sound: Callable[[str], bool]) -> bool:
         return False
+
+    def wrote(self, path: str) -> None: ...
 
 
 class Written(Struct, frozen=True, array_like=True):
@@ -96,21 +104,38 @@ def _write_frozen(storage: Storage, folder: str, layout: ShardLayout, images: Im
         image = layout.images[number]
         digests = _digests_of(image, partial(images.stream, number))
         name = frozen_name(digest(image.header), digests)
-        if reuse.take(f"{folder}/{name}"):
+        if reuse.take(f"{folder}/{name}", partial(_holds, storage, image, digests)):
             reused += image.size_bytes
         elif _write_image(storage, f"{folder}/{name}", image, partial(images.stream, number)) != digests:
             raise StorageError(f"{storage.root}/{folder}/{name}: memory changed while it was written; is it faulty?")
+        else:
+            reuse.wrote(f"{folder}/{name}")
         _enter(layout, number, layout.first_frozen, name, digests, files, chunks)
         for tensor, blocks in zip(layout.numbers[number], digests, strict=True):
             by_tensor[tensor] = digest(by_tensor.get(tensor, b"") + blocks)
     data, entry = encode_index(RankIndex(layout.rank, tuple(files), tuple(chunks), EMPTY_RECORD), layout.classes)
     name = frozen_index_name(entry.digest)
-    if reuse.take(f"{folder}/{name}"):
+    if reuse.take(f"{folder}/{name}", lambda path: storage.read(path, len(data)) == data):
         reused += len(data)
     else:
         write_whole(storage, f"{folder}/{name}", data)
+        reuse.wrote(f"{folder}/{name}")
     size_bytes = own.size_bytes + len(data) + sum(file.size_bytes for file in files)
     return Written(own.index, size_bytes, IndexEntry(entry.size_bytes, entry.digest, name), reused, by_tensor)
+
+
+def _holds(storage: Storage, image: Image, digests: list[bytes], path: str) -> bool:
+    """Whether a file holds what the image does, by the digests of its blocks."""
+    with closing(storage.open(path)) as reader:
+        header = bytearray(len(image.header))
+        if reader.size_bytes != image.size_bytes:
+            return False
+        reader.read_into(0, memoryview(header))
+        found, window = _Digests(image), memoryview(bytearray(min(WINDOW_BYTES, image.size_bytes)))
+        for first, stop, is_part, begin, end in windows(image):
+            reader.read_into(len(header) + begin, window[: end - begin])
+            found.take(Segment(first, stop, is_part, window[: end - begin]))
+    return header == image.header and found.found == digests
 
 
 def _enter(layout: ShardLayout, number: int, first: int, name: str, digests: list[bytes], files: list[FileEntry], chunks: list[Chunk]) -> None:

@@ -83,7 +83,8 @@ def test_a_later_step_that_cannot_be_read_may_be_of_this_line(run):
 
 
 def test_so_may_one_that_is_aside_for_a_replacement_that_never_came(run):
-    os.rename(run / "step_00000030", run / ".step_00000030.0123456789ab.replaced")
+    (run / ".lease_00000001").mkdir()
+    os.rename(run / "step_00000030", run / ".lease_00000001/step_00000030.0001.replaced")
     shutil.rmtree(run / "step_00000035")
     shutil.rmtree(run / "step_00000025")
     assert lineage_after(LocalStorage(run), "step_00000020", "new") == (*LINE, Line("new", 20))
@@ -104,4 +105,5 @@ def test_summaries_are_in_order_and_without_what_cannot_be_read(run, caplog):
 def test_a_step_under_another_number_is_passed_over(run, caplog):
     shutil.copytree(run / "step_00000010", run / "step_00000090")
     assert [s.step for _, s in summaries(LocalStorage(run))] == [10, 20, 25, 30, 35]
-    assert "step_00000090 is passed over: it holds step 10" in caplog.text
+    assert "step_00000090 is passed over" in caplog.text
+    assert "holds step 10: it has been renamed or is a copy" in caplog.text

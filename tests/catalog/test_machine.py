@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import catalog
-from engine.catalog import Retention, delete_step, find, point_best, restore, steps, summaries, sweep
+from engine.catalog import Retention, delete_step, find, point_best, steps, summaries
+from engine.catalog.lease import take
 from engine.errors import CheckpointNotFound
 from engine.format.manifest import Line
 from engine.format.names import parse_step, step_name
@@ -26,7 +27,7 @@ from tests.catalog.made import NAN, summary
 from tests.catalog.saves import hidden, in_view, pointer, save, uid_in
 from tests.kill import dying
 
-JUNK = ["step_9", "step_00000003 (copy)", ".step_00000003.old", ".step_00000003", "notes.txt", "step_0000000x", ".nfs0001", "logs"]
+JUNK = ["step_9", "step_00000003 (copy)", ".lease_3", ".step_00000003.old", ".step_00000003", "notes.txt", "step_0000000x", ".nfs0001", "logs"]
 KILLS = st.integers(1, 12) | st.integers(13, 17) | st.integers(18, 30)  # before, around and after the rename of a save
 SAVES = st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.3, NAN]))
 
@@ -46,10 +47,11 @@ class Made:
 
 @dataclass
 class Process:
-    """A training process: the save that it went on from or made last, and its line, once it has saved."""
+    """A training process: the save that it went on from or made last, its lease, and its line, once it has saved."""
 
     parent: int | None
     number: int
+    lease: str
     lineage: tuple[Line, ...] | None = None
 
 
@@ -99,27 +101,26 @@ class Run(RuleBasedStateMachine):
     def begin(self, exchange, numbers):
         """``exchange``: whether the file system can exchange two names. A line of some steps is there from the start."""
         self.exchange = exchange
-        self.process = Process(None, 0)
+        self._resume(None)
         for i in range(numbers):
             self._save(2, 0.1 * ((i * 5) % 7), None)
 
     # ------------------------------------------------------------ a process
 
-    @rule(saves=st.lists(SAVES, min_size=1, max_size=3), kill=st.none() | KILLS, clear_up=st.sampled_from([restore, sweep, None]), data=st.data())
-    def train(self, saves, kill, clear_up, data):
-        """The process goes on, or another resumes what it is told to, and may clear up before it does. It may die in its last save."""
+    @rule(saves=st.lists(SAVES, min_size=1, max_size=3), kill=st.none() | KILLS, data=st.data())
+    def train(self, saves, kill, data):
+        """The process goes on, or another takes the run and resumes what it is told to. It may die in its last save."""
         if self.process is None or data.draw(st.booleans()):
-            if clear_up is not None:
-                with dying(None, self.exchange):
-                    clear_up(self.storage)
-                self._cleared_up()
             self._resume(data.draw(st.sampled_from([None, *sorted(self.model.view.values()), self.model.latest_uid()])))
         for further, value in saves[:-1]:
             self._save(further, value, None)
         self._save(*saves[-1], kill)
 
     def _resume(self, parent):
-        self.process = Process(parent, 0 if parent is None else self.model.made[parent].number)
+        with dying(None, self.exchange):
+            lease = take(self.storage)
+        self._cleared_up()
+        self.process = Process(parent, 0 if parent is None else self.model.made[parent].number, lease)
 
     def _save(self, further, value, kill):
         process, model = self.process, self.model
@@ -135,9 +136,9 @@ class Run(RuleBasedStateMachine):
             best_step=-1 if best is None else model.made[best].number,
         )  # fmt: skip
         with dying(kill, self.exchange) as death:
-            save(self.storage, of, uid)
+            save(self.storage, of, uid, process.lease)
             if best is not None:
-                point_best(self.storage, model.name(best))
+                point_best(self.storage, model.name(best), process.lease)
         self._judge_save(number, uid, death)
         if death.happened:
             self.process = None
@@ -174,7 +175,7 @@ class Run(RuleBasedStateMachine):
     @rule(last=st.none() | st.integers(1, 3), every=st.none() | st.integers(1, 4), best=st.none() | st.integers(1, 2), kill=st.none() | KILLS)
     def retain(self, last, every, best, kill):
         latest = self.model.view.get(parse_step(self.model.latest) or 0)
-        assume(latest is not None)
+        assume(latest is not None and self.process is not None)
         gone = catalog.expired(summaries(self.storage), self.model.latest, Retention(last, every, best))
         made, way = self.model.made, self.model.way_to(latest)
         kept = set(self.model.view.values()) - set(way)
@@ -189,7 +190,7 @@ class Run(RuleBasedStateMachine):
         assert set(gone) == {self.model.name(uid) for uid in self.model.view.values()} - {self.model.name(uid) for uid in kept}
         with dying(kill, self.exchange) as death:
             for name in gone:
-                delete_step(self.storage, name)
+                delete_step(self.storage, name, self.process.lease)
         self._judge_deletion(gone, death)
 
     def _judge_deletion(self, gone, death):
@@ -206,16 +207,17 @@ class Run(RuleBasedStateMachine):
             self.process = None
 
     @rule(kill=st.none() | KILLS)
-    def sweep(self, kill):
+    def take(self, kill):
+        """A process takes the run, and may die of it; it does not train."""
+        self.process = None
         with dying(kill, self.exchange) as death:
-            sweep(self.storage)
+            take(self.storage)
         if death.happened:
-            self.process = None
             view = in_view(self.storage)
             self.model.view |= {number: self.model.aside.pop(number) for number in list(self.model.aside) if number in view}
         else:
             self._cleared_up()
-            assert not [name for name in hidden(self.storage) if name not in JUNK], "swept clean"
+            assert not hidden(self.storage), "swept clean"
 
     def _cleared_up(self) -> None:
         self.model.view |= self.model.aside
@@ -228,13 +230,15 @@ class Run(RuleBasedStateMachine):
     def delete_a_step(self, by_us, kill, data):
         number = data.draw(st.sampled_from(sorted(self.model.view)))
         if by_us:
+            if self.process is None:
+                self._resume(None)
             with dying(kill, self.exchange) as death:
-                delete_step(self.storage, step_name(number))
+                delete_step(self.storage, step_name(number), self.process.lease)
             self._judge_deletion([step_name(number)], death)
             return
         shutil.rmtree(self.storage.path(step_name(number)))
         del self.model.view[number]
-        left = [name for name in hidden(self.storage) if name.startswith(f".{step_name(number)}.") and name.endswith(".replaced")]
+        left = [name for name in hidden(self.storage) if f"/{step_name(number)}." in name and name.endswith(".replaced")]
         if left:  # of a save that was killed before it could remove what it had replaced: the next sweep takes it for the step
             self.model.aside[number] = max(uid_in(self.storage, name) for name in left)
 
@@ -288,7 +292,8 @@ class Run(RuleBasedStateMachine):
         elsewhere = max(uid for uid in model.view.values() if model.made[uid].epoch == epoch)
         assert find(root, f"epoch:{epoch}")[1] == model.name(here[-1] if here else elsewhere)
 
-        best = model.best if parse_step(model.best) in model.view else model.name(model.best_of(present))
+        pointed = model.view.get(parse_step(model.best) or 0)
+        best = model.best if pointed in present else model.name(model.best_of(present))
         if best:
             assert find(root, "best")[1] == best
         else:

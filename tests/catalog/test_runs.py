@@ -76,7 +76,7 @@ def test_a_listing_tells_experiment_start_checkpoints_and_best(tmp_path):
     run = tmp_path / "run_001"
     for step, value in ((10, 0.5), (20, 0.1234), (30, 0.4)):
         commit(run, step, latest=True, **monitored(value))
-    write_run_file(LocalStorage(run), {"experiment_name": "diffit_base"})
+    write_run_file(LocalStorage(run), {"experiment_name": "diffit_base"}, "")
     told = find_run(tmp_path, 1)
     assert (told.path, told.experiment, told.steps, told.saves, told.monitor, told.best, told.best_step) == (
         str(run), "diffit_base", 3, 3, "val_loss", 0.1234, 20,
@@ -148,7 +148,7 @@ def test_damaged_runs_are_listed_all_the_same(tmp_path, monkeypatch):
 def test_a_run_that_is_deleted_while_it_is_listed_breaks_nothing(tmp_path, monkeypatch, when):
     for number in (1, 2):
         commit(tmp_path / run_name(number), 10, latest=True, **monitored(0.5))
-    write_run_file(LocalStorage(tmp_path / "run_001"), {})
+    write_run_file(LocalStorage(tmp_path / "run_001"), {}, "")
     real, reads = LocalStorage.open, []
 
     def vanishing(storage, path):

@@ -15,7 +15,7 @@ def test_a_failing_rank_fails_all_and_leaves_nothing_torn(pools: Pools, tmp_path
     found = pools[3].run(jobs.save_with_a_failing_rank, str(tmp_path), failing, call)
     for rank, result in enumerate(found):
         assert result["error"], f"rank {rank} did not learn of the failure"
-        assert result["after"] == [".lease", "latest", "run.json", "step_00000001"]
+        assert result["after"] == [".lease_00000001", "latest", "run.json", "step_00000001"]
         if rank != failing:
             assert f"rank {failing} failed" in result["error"]
     assert [step.number for step in steps(LocalStorage(tmp_path))] == [1, 3]

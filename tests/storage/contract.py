@@ -50,7 +50,7 @@ class StorageTests:
         with pytest.raises(FileNotFoundError):
             storage.open("a/no")
         with pytest.raises(FileNotFoundError):
-            storage.remove_folder("no")
+            storage.remove("no")
 
     def test_a_small_file_larger_than_its_limit_is_corrupt(self, storage):
         storage.make_folder("a")
@@ -143,16 +143,57 @@ class StorageTests:
         assert storage.names("") == ["step"]
 
     def test_point_replaces_a_text_whole(self, storage):
-        storage.make_folder("")
+        storage.make_folder("a")
         for text in ("a longer text\n", "short\n"):
-            storage.point("latest", text)
+            storage.point("latest", text, "a")
             assert storage.read("latest", 100) == text.encode()
-        assert storage.names("") == ["latest"]
+        assert sorted(storage.names("")) == ["a", "latest"]
+        assert storage.names("a") == []
+
+    def test_nothing_is_pointed_out_of_a_folder_that_is_gone(self, storage):
+        storage.make_folder("a")
+        storage.point("latest", "old\n", "a")
+        storage.rename("a", "b")
+        with pytest.raises(FileNotFoundError):
+            storage.point("latest", "new\n", "a")
+        assert storage.read("latest", 100) == b"old\n"
+
+    def test_nothing_is_published_out_of_a_folder_that_is_gone(self, storage):
+        storage.make_folder("a/attempt")
+        storage.make_folder("step")
+        put(storage, "step/x")
+        storage.rename("a", "b")
+        for name in ("step", "other"):
+            with pytest.raises(FileNotFoundError):
+                storage.publish("a/attempt", name)
+        assert storage.names("step") == ["x"]
+        assert not storage.exists("other")
+
+    def test_a_file_is_known_by_its_stamp(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/x")
+        stamp = storage.stamp("a/x")
+        assert stamp is not None
+        assert storage.link("a/x", "a/y")
+        assert storage.stamp("a/y") == stamp
+        storage.remove("a/x")
+        put(storage, "a/x", b"other")
+        assert storage.stamp("a/x") != stamp
+        assert storage.stamp("a/no") is storage.stamp("no/such") is storage.stamp("a") is None
+
+    def test_only_an_empty_folder_is_dropped(self, storage):
+        storage.make_folder("a")
+        put(storage, "a/x")
+        assert not storage.drop_folder("a")
+        storage.remove("a/x")
+        assert storage.drop_folder("a")
+        assert not storage.drop_folder("a")
+        assert storage.names("") == []
 
     def test_removing_a_folder_removes_all_of_it(self, storage):
         storage.make_folder("a/b")
         put(storage, "a/b/x")
-        storage.remove_folder("a")
+        storage.remove("a")
         assert not storage.exists("a")
 
     def test_an_abandoned_file_does_not_stop_the_removal_of_its_folder(self, storage):
@@ -160,7 +201,7 @@ class StorageTests:
         writer = storage.create("a/x")
         writer.write(memoryview(b"part"))
         writer.abandon()
-        storage.remove_folder("a")
+        storage.remove("a")
         assert storage.names("a") == []
 
     def test_synced_folders(self, storage):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import signal
 import threading
@@ -72,7 +73,7 @@ def test_a_root_below_a_regular_file_is_a_storage_error_that_says_so(tmp_path):
         lambda: storage.create("a"),
         lambda: storage.open("a"),
         lambda: storage.names(""),
-        lambda: storage.point("a", "b"),
+        lambda: storage.point("a", "b", "c"),
     ]
     for act in acts:
         with pytest.raises(StorageError, match=r"file/run.*a part of that path is a file"):
@@ -87,7 +88,7 @@ def test_a_write_past_the_limit_is_a_storage_error_that_says_so(storage):
             writer.write(memoryview(bytes(20_000)))
         writer.abandon()
         with pytest.raises(StorageError, match=r"cannot write .*latest"):
-            storage.point("latest", "x" * 20_000)
+            storage.point("latest", "x" * 20_000, "a")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_close_returns_after_the_file_is_synced(storage, monkeypatch):
     synced.clear()
     put(storage, "a/x")
     storage.publish("a", "c")
-    storage.point("latest", "c\n")
-    assert synced == [f"{root}/a/x", root, f"{root}/latest.new", root]
+    storage.point("latest", "c\n", "c")
+    assert [re.sub(r"[0-9a-f]{12}", "*", path) for path in synced] == [f"{root}/a/x", root, f"{root}/c/latest.*", root]
     synced.clear()
     storage.rename("c", ".c.removed")
     storage.claim_folder("d")
@@ -152,7 +153,7 @@ def test_close_returns_after_the_file_is_synced(storage, monkeypatch):
 
 
 def test_where_names_cannot_be_exchanged_a_folder_is_replaced_in_two_steps(storage, monkeypatch):
-    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(local, "_exchange", lambda *_: False)
     StorageTests().test_publish_replaces_a_folder_leaving_nothing_of_it(storage)
 
 
@@ -161,7 +162,7 @@ def test_what_was_replaced_in_two_steps_is_never_half_under_a_name_that_says_it_
     storage.make_folder("step")
     put(storage, "step/x", b"old")
     storage.make_folder(".step.1")
-    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(local, "_exchange", lambda *_: False)
     removed = []
     monkeypatch.setattr(local.shutil, "rmtree", lambda path, **_: removed.append(os.path.basename(path)))
     storage.publish(".step.1", "step")
@@ -172,13 +173,13 @@ def test_what_was_replaced_in_two_steps_is_never_half_under_a_name_that_says_it_
 def test_what_cannot_be_removed_after_a_replacement_fails_no_save(storage, monkeypatch):
     for folder in ("step", ".step.1"):
         storage.make_folder(folder)
-    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(local, "_exchange", lambda *_: False)
     real = os.rename
 
-    def refuse(source, target):
+    def refuse(source, target, **folders):
         if source.endswith(".replaced"):
             raise OSError(errno.EACCES, "refused")
-        real(source, target)
+        real(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", refuse)
     storage.publish(".step.1", "step")
@@ -189,13 +190,13 @@ def test_a_replacement_that_fails_leaves_the_old_folder(storage, monkeypatch):
     storage.make_folder("step")
     put(storage, "step/x", b"old")
     storage.make_folder(".step.1")
-    monkeypatch.setattr(local, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(local, "_exchange", lambda *_: False)
     real = os.rename
 
-    def refuse(source, target):
+    def refuse(source, target, **folders):
         if source.endswith(".step.1"):
             raise OSError(errno.EIO, "broken")
-        real(source, target)
+        real(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(StorageError, match=r"cannot rename .*\.step\.1"):

@@ -213,7 +213,7 @@ def test_a_step_under_the_name_of_another_is_told(step):
     shutil.rmtree(other)
     step.rename(other)
     (problem,) = problems(other)
-    assert str(problem) == "manifest: is of step_00000001: folders have been swapped or renamed"
+    assert "step_00000002 holds step 1: it has been renamed or is a copy" in str(problem)
 
 
 @pytest.mark.parametrize("name", ["core.123", "rank_00003.index", "rank_00000.7.safetensors", ".hidden", "manifest.new"])
