@@ -5,7 +5,7 @@ from typing import Any
 
 from engine.cli.changes import changes
 from engine.cli.target import locate
-from engine.cli.text import printable, table
+from engine.cli.text import say, table
 from engine.errors import CheckpointCorrupt
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
@@ -36,7 +36,7 @@ def diff(a: str, b: str, read_all: bool) -> int:
     first, second = (StoredCheckpoint(*locate(target)) for target in (a, b))
     for name, stored in (("A", first), ("B", second)):
         summary = stored.manifest.summary
-        print(printable(f"{name} = {stored.where}: step {summary.step}, {summary.engine} on {summary.world_size} ranks"))
+        say(f"{name} = {stored.where}: step {summary.step}, {summary.engine} on {summary.world_size} ranks")
     told = [*_record_lines(first, second), *_tensor_lines(first, second)]
     compared = [name for name in first.tensors if _alike(first.tensors[name], second.tensors.get(name))]
     gaps = {name: compare(first, second, first.tensors[name], second.tensors[name], read_all) for name in compared}
@@ -45,12 +45,11 @@ def diff(a: str, b: str, read_all: bool) -> int:
         for name, found in gaps.items()
         if found.elements
     ]
-    for line in told:
-        print(printable(line))
+    say(*told)
     if rows:
-        print("\n".join(table(["values differ", "dtype", ">elements", ">of", ">max |A-B|"], rows)))
+        say(*table(["values differ", "dtype", ">elements", ">of", ">max |A-B|"], rows))
     unread = sum(not found.was_read for found in gaps.values())
-    print(f"{len(rows)} of {len(compared)} tensors differ in value" + (f"; {unread} are equal by their checksums, unread" if unread else ""))
+    say(f"{len(rows)} of {len(compared)} tensors differ in value" + (f"; {unread} are equal by their checksums, unread" if unread else ""))
     return 1 if told or rows else 0
 
 

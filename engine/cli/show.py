@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.cli.target import locate
-from engine.cli.text import megabytes, moment, numbers, printable, table
+from engine.cli.text import megabytes, moment, numbers, table
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import REPLICATED, Absent, Grid, Layout, LogicalTensor, Part, shifted
 from engine.format.record import Array, Reference, decode_record
@@ -20,9 +20,10 @@ from engine.transfer.stored import StoredCheckpoint
 _SHOWN_RANKS, _SHOWN_PARTS = 32, 4
 
 
-def show(target: str, pattern: str, as_json: bool) -> str:
+def show(target: str, pattern: str, as_json: bool) -> list[str]:
+    """The lines to print."""
     told = describe(StoredCheckpoint(*locate(target)), pattern)
-    return json.dumps(told, indent=2) if as_json else "\n".join(_lines(told))
+    return json.dumps(told, indent=2).replace("\x7f", "\\u007f").split("\n") if as_json else _lines(told)
 
 
 def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
@@ -124,12 +125,12 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
         "best": best,
         "size": f"{megabytes(told['size_bytes'])} MB, {told['tensors_in_all']} tensors",
     }
-    lines = [printable(told["path"]), *(f"  {name:8} {printable(value)}" for name, value in facts.items())]
+    lines = [told["path"], *(f"  {name:8} {value}" for name, value in facts.items())]
     for title, value in record.items():
         if title == "models" and isinstance(value, dict):
-            lines += ["", "models", *(f"  {printable(text)}" for name, model in value.items() for text in _model(name, model))]
+            lines += ["", "models", *(f"  {text}" for name, model in value.items() for text in _model(name, model))]
         elif value not in ({}, [], None):
-            lines += ["", printable(title), *_nested(value)]
+            lines += ["", title, *_nested(value)]
     return [*lines, *_tensor_lines(told), *_rank_lines(told["ranks"])]
 
 
@@ -151,7 +152,7 @@ def _model(name: str, model: Any) -> list[str]:
 
 def _nested(value: Any) -> list[str]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
-    return [f"  {printable(f'{key}: {_short(inner)}')}" for key, inner in items]
+    return [f"  {key}: {_short(inner)}" for key, inner in items]
 
 
 def _short(value: Any, most: int = 200) -> str:
