@@ -77,7 +77,7 @@ def _ls(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from engine.cli.show import show
 
-    say(*show(args.target, args.tensors, args.json))
+    show(args.target, args.tensors, args.json)
     return 0
 
 

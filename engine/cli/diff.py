@@ -12,7 +12,8 @@ from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Absent, LogicalTensor
 from engine.format.manifest import Chunk
 from engine.format.record import decode_record
-from engine.state.boxes import Box, flat_to_boxes, intersect, part_box, shift, written_boxes
+from engine.state.boxes import Box, boxes_at, flat_to_boxes, part_box, positions, shift
+from engine.state.places import Places
 from engine.transfer.stored import REMEDY, StoredCheckpoint
 from engine.transfer.values import WINDOW_ELEMENTS, fill_value, gap, read_blocks, read_box
 
@@ -101,11 +102,9 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint, x: LogicalTensor, y: Logic
         for rank, box in _written(x):
             _compare_chunks(a, b, x, rank, box, read_all, found)
         return found
+    places = Places(y)
     for p in x.parts:
-        for q in y.parts:
-            common = intersect(part_box(x, p), part_box(y, q))
-            if common is None:
-                continue
+        for q, common in places.overlapping(part_box(x, p)):
             if isinstance(p.layout, Absent) and isinstance(q.layout, Absent):  # perhaps more elements than anyone could count one by one
                 one, largest = gap(x.dtype, fill_value(x.dtype, p.layout.fill), fill_value(x.dtype, q.layout.fill))
                 found.add(one * common.numel, largest)
@@ -118,11 +117,9 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint, x: LogicalTensor, y: Logic
 
 def _written(tensor: LogicalTensor) -> Iterator[tuple[int, Box]]:
     for part in tensor.parts:
-        if not isinstance(part.layout, Absent):
-            for position in range(part.layout.mesh.size):
-                rank = part.layout.mesh.rank_at(position)
-                for box in written_boxes(tensor, part, rank):
-                    yield rank, box
+        for rank, position in positions(tensor, part):
+            for box in boxes_at(tensor.shape, part, position):
+                yield rank, box
 
 
 def _compare_chunks(a: StoredCheckpoint, b: StoredCheckpoint, tensor: LogicalTensor, rank: int, box: Box, read_all: bool, found: Gap) -> None:

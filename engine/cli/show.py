@@ -1,6 +1,5 @@
 """``engine show``: what a step holds. Reads the manifest and the heads of indexes, no chunk and no tensor."""
 
-import json
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -10,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.cli.target import locate
-from engine.cli.text import megabytes, moment, numbers, table
+from engine.cli.text import dump, megabytes, moment, numbers, say, table
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import REPLICATED, Absent, Grid, Layout, LogicalTensor, Part, shifted
 from engine.format.record import Array, Reference, decode_record
@@ -18,12 +17,16 @@ from engine.state.boxes import holders, part_box
 from engine.transfer.stored import StoredCheckpoint
 
 _SHOWN_RANKS, _SHOWN_PARTS = 32, 4
+_AS_THEY_ARE = frozenset({bool, int, str, type(None)})
 
 
-def show(target: str, pattern: str, as_json: bool) -> list[str]:
-    """The lines to print."""
+def show(target: str, pattern: str, as_json: bool) -> None:
+    """Print it."""
     told = describe(StoredCheckpoint(*locate(target)), pattern)
-    return json.dumps(told, indent=2).replace("\x7f", "\\u007f").split("\n") if as_json else _lines(told)
+    if as_json:
+        dump(told)
+    else:
+        say(*_lines(told))
 
 
 def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
@@ -43,7 +46,7 @@ def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
             }
         )
     return {
-        "path": stored.where,
+        "path": stored.where.encode(errors="backslashreplace").decode(),
         **_plain(msgspec.to_builtins(manifest.summary)),
         "record": _plain(record) if isinstance(record, dict) else {},
         "aliases": manifest.aliases,
@@ -58,6 +61,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key if isinstance(key, str) else repr(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
+        if _AS_THEY_ARE.issuperset(map(type, value)):
+            return list(value)
         return [_plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -1,9 +1,12 @@
 """What the commands print with."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
+
+import msgspec
 
 from engine.printable import printable
 
@@ -16,6 +19,11 @@ def say(*lines: str, error: bool = False) -> None:
     """Print lines, on the standard error if ``error``. A checkpoint may be hostile: nothing is printed in any other way."""
     for line in lines:
         print(printable(line), file=sys.stderr if error else sys.stdout)
+
+
+def dump(told: Any) -> None:
+    """Print as JSON, in ASCII."""
+    print(msgspec.json.format(json.dumps(told), indent=2).replace("\x7f", "\\u007f"))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:

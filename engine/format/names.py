@@ -10,6 +10,8 @@ LATEST = "latest"
 BEST = "best"
 RUN_FILE = "run.json"
 LEASE = ".lease"
+METADATA = "__metadata__"
+MAX_NAME_CHARACTERS = 1 << 16
 _STEP = re.compile(r"step_(\d{8,18})")
 _HIDDEN = re.compile(rf"(\.(step_\d{{8,18}})\.[0-9a-f]{{12}})({re.escape(REPLACED)}|{re.escape(REMOVED)})?")
 _RUN = re.compile(r"run_(\d{3,9})")
@@ -57,6 +59,15 @@ def parse_hidden(name: str) -> Hidden | None:
         return None
     state = "attempt" if found[3] is None else "replaced" if found[3] == REPLACED else "removed"
     return Hidden(found[2], found[1], state)
+
+
+def name_problem(tensor: str) -> str:
+    """Why no tensor may have this name; empty where it may. The JSON of a shard file or of an export has names as its keys."""
+    if not tensor or len(tensor) > MAX_NAME_CHARACTERS:
+        return f"which is not of 1 to {MAX_NAME_CHARACTERS} characters"
+    if tensor.rpartition(".")[2] == METADATA:
+        return f"and {METADATA} is what safetensors calls the metadata of a file"
+    return ""
 
 
 def run_name(number: int) -> str:
