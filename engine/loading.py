@@ -1,15 +1,16 @@
 """One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then plan; fill; restore the rest."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import msgspec
 import torch
 
 from engine import dcp, numerics
-from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError
+from engine.errors import CheckpointCorrupt, EngineError, IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
 from engine.format.record import decode_record
 from engine.plan.match import Allow, Match, allowed, match, match_names
@@ -28,6 +29,26 @@ from engine.state.values import references, shown
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
+
+
+@contextmanager
+def _taking_over(what: str) -> Iterator[None]:
+    """A record may hold a value of a type that nobody expects where it is: then this raises :class:`IncompatibleCheckpoint`."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as e:
+        raise IncompatibleCheckpoint(f"{what} cannot be taken over by this run: {type(e).__name__}: {e}") from e
+
+
+def _guarded(act: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(act)
+    def run(self: "Loading", *arguments: Any) -> Any:
+        with _taking_over(f"the state in {self.stored.where}"):
+            return act(self, *arguments)
+
+    return run
 
 
 class Loading:
@@ -64,6 +85,7 @@ class Loading:
         self.restored: list[str] = []
         """Of the members that are not models, those restored so far."""
 
+    @_guarded
     def compare(self) -> None:
         """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
         stored, models = self.stored, self._members.models
@@ -173,14 +195,17 @@ class Loading:
         device = self._members.device()
         for name, tensors in self._object_tensors.items():
             member = self._members.objects[name]
-            member.restore(self._objects[name], tensors, device)
+            with _taking_over(f"the stored state of member '{name}'"):
+                member.restore(self._objects[name], tensors, device)
             self.restored.append(name)
             if hasattr(member.target, "seek"):
                 member.target.seek(self.progress.samples)
         for name, model in self._members.models.items():
-            model.restore_surroundings()
+            with _taking_over(f"what is stored of {model.name}'s schedulers and extra state"):
+                model.restore_surroundings()
             self.restored.append(name or "the model's schedulers and extra state")
 
+    @_guarded
     def plan(self) -> bool:
         """Give the optimizers the states that the checkpoint has, and find in the indexes where everything is; returns whether
         ranks need what others read, so that they must exchange it."""
@@ -248,11 +273,13 @@ class Loading:
                     first = part.offsets[0] if part.offsets else 0
                     self._news.append(f"{live.name}: rows {first} to {first + part_box(tensor, part).sizes[0]} {told}")
 
+    @_guarded
     def restore(self) -> None:
         """Everything of the models that is not a tensor; ``publish`` follows on all ranks."""
         for member in self._members.models.values():
             member.restore(self.progress.step, self.progress.samples)
 
+    @_guarded
     def prove(self, shards: Sequence[Shard], verify: Verify) -> None:
         """Compare what was captured again after the restore, ``shards`` and records, with the checkpoint.
 

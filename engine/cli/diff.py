@@ -1,6 +1,7 @@
 """``engine diff``: how two steps differ, however each is sharded. Memory stays bounded: values are compared a window at a time."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from engine.cli.changes import changes
@@ -106,13 +107,19 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint, x: LogicalTensor, y: Logic
     for p in x.parts:
         for q, common in places.overlapping(part_box(x, p)):
             if isinstance(p.layout, Absent) and isinstance(q.layout, Absent):  # perhaps more elements than anyone could count one by one
-                one, largest = gap(x.dtype, fill_value(x.dtype, p.layout.fill), fill_value(x.dtype, q.layout.fill))
+                one, largest = _gap_of_fills(x.dtype, p.layout.fill.hex(), q.layout.fill.hex())
                 found.add(one * common.numel, largest)
                 continue
             found.was_read = True
             for box in _windows(common):
                 found.add(*gap(x.dtype, read_box(a, x, p, box), read_box(b, y, q, box)))
     return found
+
+
+@lru_cache(4096)
+def _gap_of_fills(dtype: str, a: str, b: str) -> tuple[int, float | int | None]:
+    """Of one element. As text, because 0.0 and -0.0 differ."""
+    return gap(dtype, fill_value(dtype, float.fromhex(a)), fill_value(dtype, float.fromhex(b)))
 
 
 def _written(tensor: LogicalTensor) -> Iterator[tuple[int, Box]]:

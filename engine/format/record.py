@@ -105,7 +105,7 @@ def decode_record(data: bytes) -> Any:
 def _check_depth(value: Any) -> None:
     """Whoever walks a record may do so by recursion."""
     level = [value]
-    for _ in range(_MAX_DEPTH + 2):
+    for _ in range(_MAX_DEPTH + 1):
         level = [inner for outer in level for inner in _containers_in(outer)]
         if not level:
             return

@@ -8,13 +8,14 @@ from engine.errors import CheckpointCorrupt
 from engine.format.layout import LogicalTensor, Part
 from engine.state.boxes import Box, intersect, part_box
 
-MAX_LOOKS = 1 << 21
+FREE_LOOKS = 1 << 18
 
 
 class Places:
     """The parts of one tensor. Rows that follow one another, as training lays parts out, are found by bisection.
 
-    Raises :class:`CheckpointCorrupt` after :data:`MAX_LOOKS` at parts that cross each other in any other way.
+    Of parts that cross each other in any other way, it looks at some in vain: after :data:`FREE_LOOKS` more than a few for each part
+    and each box, it raises :class:`CheckpointCorrupt`.
     """
 
     def __init__(self, tensor: LogicalTensor) -> None:
@@ -22,14 +23,14 @@ class Places:
         self._found = sorted(found, key=lambda pair: pair[1].offsets[:1])
         self._begins = [_rows(place)[0] for _, place in self._found]
         self._ends = list(accumulate((_rows(place)[1] for _, place in self._found), max))
-        self._name, self._looks = tensor.name, 0
+        self._name, self._left = tensor.name, FREE_LOOKS + 2 * len(found)
 
     def overlapping(self, box: Box) -> Iterator[tuple[Part, Box]]:
         """Each part that overlaps ``box``, with the overlap."""
         begin, end = _rows(box)
         first, stop = bisect_right(self._ends, begin), bisect_left(self._begins, end)
-        self._looks += max(0, stop - first)
-        if self._looks > MAX_LOOKS:
+        self._left += 4 - max(0, stop - first)
+        if self._left < 0:
             raise CheckpointCorrupt(
                 f"{self._name} is laid out in {len(self._found)} parts that are not rows one after the other: too many to look up"
             )

@@ -54,9 +54,19 @@ class Shared(Struct):
     environment: dict[str, Any] = {}
 
 
+class _Random(Struct):
+    """See :func:`engine.state.progress.capture_rng`. NumPy does not check the position that it is given."""
+
+    python: tuple[int, tuple[int, ...], float | None]
+    numpy: tuple[str, bytes, Annotated[int, Meta(ge=0, le=624)], Annotated[int, Meta(ge=0, le=1)], float]
+    torch: bytes
+    cuda: list[bytes]
+    seed: int
+
+
 class Own(Struct):
     """The record of a rank's index."""
 
-    rng: dict[str, Any]
+    rng: _Random
     objects: dict[str, Any]
     extra: dict[str, dict[str, Any]] = {}
