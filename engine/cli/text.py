@@ -23,7 +23,7 @@ def say(*lines: str, error: bool = False) -> None:
 
 def dump(told: Any) -> None:
     """Print as JSON, in ASCII."""
-    print(msgspec.json.format(json.dumps(told), indent=2).replace("\x7f", "\\u007f"))
+    print(msgspec.json.format(json.dumps(told), indent=2))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
