@@ -1,4 +1,5 @@
-"""Checkpoints as an attacker makes them: what a step's files say is changed in structure, and all checksums are made right again."""
+"""Checkpoints as an attacker makes them: what a step's files say is changed in structure, and all
+checksums are made right again."""
 
 import random
 import struct
@@ -18,7 +19,22 @@ _TEXTS = (
     "", "\x1b]0;title\x07", f"a\n{FORGED} line", "\u202e\u2066", "\u2028\u200b\x9b\x7f", "__metadata__", "model.__metadata__", "../../../etc/x",
     "x" * 300, "x" * 70_000, "model.0.weight", "F32", "F8_E8M0", "grid", "flat", "absent", "format", "nan", "\x00", "min", "cpu", "rng",
 )  # fmt: skip
-_NUMBERS = (-1, 0, 1, 2, 7, 2**31, 2**53, 2**62, 2**62 + 1, 2**63 - 1, 2**64 - 1, -(2**63), 10**17, 10**18)
+_NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    7,
+    2**31,
+    2**53,
+    2**62,
+    2**62 + 1,
+    2**63 - 1,
+    2**64 - 1,
+    -(2**63),
+    10**17,
+    10**18,
+)
 _FLOATS = (0.0, -0.0, 0.5, -1.0, 1e30, 1e308, float("nan"), float("inf"), float("-inf"))
 _LAYOUTS = (
     ["absent", 0.0], ["absent", float("nan")], ["flat", [[1], 0, [], []], 0, 1 << 40], ["flat", [[2**60], 0, [], []], 0, 1],
@@ -28,7 +44,13 @@ _LAYOUTS = (
 
 
 def _any(chance: random.Random) -> Any:
-    kinds = (_TEXTS, _NUMBERS, _FLOATS, _LAYOUTS, (None, True, False, b"", b"d" * 16, [], {}, [[]], [0] * 65, {"": ""}))
+    kinds = (
+        _TEXTS,
+        _NUMBERS,
+        _FLOATS,
+        _LAYOUTS,
+        (None, True, False, b"", b"d" * 16, [], {}, [[]], [0] * 65, {"": ""}),
+    )
     return _copied(chance.choice(chance.choice(kinds)))
 
 
@@ -109,7 +131,8 @@ _CHANGES: dict[str, _Change] = {change.__name__: change for change in (_replace,
 
 
 class Forgery:
-    """A sound step of one rank, taken apart into builtins. ``parts`` are what may be changed, each with how often it is."""
+    """A sound step of one rank, taken apart into builtins. ``parts`` are what may be changed, each
+    with how often it is."""
 
     def __init__(self, step: Path) -> None:
         self.step = step
@@ -119,11 +142,21 @@ class Forgery:
         self._indexes = [_opened(step / name) for name in self._names]
 
     def forge(self, seed: int) -> dict[str, bytes]:
-        """Return files of the step to replace. Raises :class:`ValueError` for what cannot be written at all."""
+        """Return files of the step to replace. Raises :class:`ValueError` for what cannot be
+        written at all."""
         chance = random.Random(seed)
         try:
             return self._forge(chance)
-        except (msgspec.MsgspecError, UsageError, TypeError, OverflowError, IndexError, KeyError, AttributeError, RecursionError) as e:
+        except (
+            msgspec.MsgspecError,
+            UsageError,
+            TypeError,
+            OverflowError,
+            IndexError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as e:
             raise ValueError(f"seed {seed}: {e!r}") from e
 
     def _forge(self, chance: random.Random) -> dict[str, bytes]:
@@ -144,10 +177,14 @@ class Forgery:
                 entry[2] = f"frozen.{entry[1].hex()}.index"
             body["indexes"][number] = entry
             files[entry[2] or self._names[number]] = data
-        return {**files, MANIFEST: _seal("manifest", msgspec.msgpack.encode(head), msgspec.msgpack.encode(body))}
+        return {
+            **files,
+            MANIFEST: _seal("manifest", msgspec.msgpack.encode(head), msgspec.msgpack.encode(body)),
+        }
 
     def _index(self, number: int, chance: random.Random, headers: dict[str, bytes] | None) -> tuple[bytes, list[Any]]:
-        """One whose head, chunks, record, or shard file's header (put into ``headers``) has been changed."""
+        """One whose head, chunks, record, or shard file's header (put into ``headers``) has been
+        changed."""
         raw_head, raw_body = self._indexes[number]
         head = msgspec.msgpack.decode(raw_head)
         pages = [msgspec.msgpack.decode(raw_body[page[2] : page[2] + page[3]]) for page in head["pages"]]

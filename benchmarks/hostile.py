@@ -1,10 +1,13 @@
-"""Hostile checkpoints under right checksums: every reader ends in an answer or an error of ours, soon, in little memory.
+"""Hostile checkpoints under right checksums: every reader ends in an answer or an error of ours,
+soon, in little memory.
 
-Small real checkpoints are changed in structure (``benchmarks.forge``): numbers at their extremes, hostile text, lists repeated and
-emptied, types and layouts exchanged. Each is given to ``ls``, ``show``, ``verify``, ``diff``, ``export`` and a resume, in processes with
-limits. ``accepted`` and ``refused`` count readers that answered or raised an :class:`EngineError`; ``wrapped`` are those of the refused
-where it stands for an exception of another kind. None may be a traceback, show a control character or a line of its own, or pass the
-limits. ``--first N --inputs 1`` is one input again; its row names the readers.
+Small real checkpoints are changed in structure (``benchmarks.forge``): numbers at their extremes,
+hostile text, lists repeated and emptied, types and layouts exchanged. Each is given to ``ls``,
+``show``, ``verify``, ``diff``, ``export`` and a resume, in processes with limits. ``accepted`` and
+``refused`` count readers that answered or raised an :class:`EngineError`; ``wrapped`` are those of
+the refused where it stands for an exception of another kind. None may be a traceback, show a
+control character or a line of its own, or pass the limits. ``--first N --inputs 1`` is one input
+again; its row names the readers.
 """
 
 import contextlib
@@ -30,7 +33,15 @@ INPUTS, QUICK_INPUTS = 10_000, 300
 LIMIT_SECONDS, LIMIT_BYTES = 2.0, 400_000_000
 """Of CPU for one reader of one input, and by how much a process may grow for it."""
 _BATCH, _WAIT_SECONDS = 250, 1800.0
-_OUTCOMES = ("accepted", "refused", "wrapped", "tracebacks", "control_characters", "over_time", "over_memory")
+_OUTCOMES = (
+    "accepted",
+    "refused",
+    "wrapped",
+    "tracebacks",
+    "control_characters",
+    "over_time",
+    "over_memory",
+)
 
 
 class _TooLong(BaseException):
@@ -49,7 +60,10 @@ def _plain(seed: int) -> dict[str, Any]:
     module(torch.randn(5, 4)).sum().backward()
     optimizer.step()
     scheduler.step()
-    return {"model": (module, optimizer, scheduler), "average": torch.optim.swa_utils.AveragedModel(module)}
+    return {
+        "model": (module, optimizer, scheduler),
+        "average": torch.optim.swa_utils.AveragedModel(module),
+    }
 
 
 def _frozen(seed: int) -> dict[str, Any]:
@@ -62,7 +76,10 @@ def _frozen(seed: int) -> dict[str, Any]:
 
         def __init__(self) -> None:
             super().__init__()
-            self.base, self.added = nn.Parameter(torch.rand(5, 4), requires_grad=False), nn.Parameter(torch.rand(3, 4))
+            self.base, self.added = (
+                nn.Parameter(torch.rand(5, 4), requires_grad=False),
+                nn.Parameter(torch.rand(3, 4)),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x @ torch.cat([self.base, self.added]).T
@@ -84,9 +101,18 @@ def make_subjects(folder: Path) -> None:
     from engine import Checkpointer, Progress
 
     for name, build in SUBJECTS.items():
-        checkpointer = Checkpointer(folder / name, max_in_flight=0, monitor="loss", config={"width": 3, "experiment_name": name}, **build(0))
+        checkpointer = Checkpointer(
+            folder / name,
+            max_in_flight=0,
+            monitor="loss",
+            config={"width": 3, "experiment_name": name},
+            **build(0),
+        )
         for step in (1, 2):
-            checkpointer.save(Progress(step=step, epoch=1, samples=8 * step), metrics={"loss": 1 / step, "accuracy": 0.5})
+            checkpointer.save(
+                Progress(step=step, epoch=1, samples=8 * step),
+                metrics={"loss": 1 / step, "accuracy": 0.5},
+            )
 
 
 class _Readers:
@@ -105,7 +131,13 @@ class _Readers:
             "best": ["show", f"{self.run}@best"],
             "verify": ["verify", target],
             "diff": ["diff", target, str(self.run / "step_00000001")],
-            "export": ["export", target, out, "--overwrite", *(["--member", "model"] if name == "plain" else [])],
+            "export": [
+                "export",
+                target,
+                out,
+                "--overwrite",
+                *(["--member", "model"] if name == "plain" else []),
+            ],
         }
 
     @contextlib.contextmanager
@@ -177,7 +209,8 @@ def _reset_peak() -> None:
 
 
 def read_all(folder: str, seeds: range, now: Any, found: Any) -> None:
-    """In a process of its own: a row for each input and reader with an outcome that may not be, and how many had each."""
+    """In a process of its own: a row for each input and reader with an outcome that may not be, and
+    how many had each."""
     signal.signal(signal.SIGPROF, _too_long)
     limit = status_bytes("VmSize") + 16 * LIMIT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -195,7 +228,14 @@ def read_all(folder: str, seeds: range, now: Any, found: Any) -> None:
         with one.forged(files):
             for name, act in one.all():
                 outcomes, text = read(act)
-                found.put((seed, name, sorted(outcomes), ascii(text[-600:]) if outcomes - {"accepted", "refused"} else ""))
+                found.put(
+                    (
+                        seed,
+                        name,
+                        sorted(outcomes),
+                        ascii(text[-600:]) if outcomes - {"accepted", "refused"} else "",
+                    )
+                )
     found.put(None)
 
 
@@ -219,7 +259,12 @@ def _batches(folder: str, seeds: range) -> Iterator[tuple[int, str, list[str], s
                         break
                     yield one
                 elif not process.is_alive() or time.monotonic() > ended:
-                    yield now.value, "all", ["over_time" if process.is_alive() else "tracebacks"], f"the process ended with {process.exitcode}"
+                    yield (
+                        now.value,
+                        "all",
+                        ["over_time" if process.is_alive() else "tracebacks"],
+                        f"the process ended with {process.exitcode}",
+                    )
                     batch = batch[: now.value - batch[0] + 1]
                     break
                 else:
@@ -244,7 +289,11 @@ def measure(quick: bool, inputs: int | None = None, first: int = 0) -> Result:
                 if outcome not in ("accepted", "refused") and len(row["seeds"].setdefault(outcome, [])) < 5:
                     row["seeds"][outcome].append([seed, text])
     totals = {outcome: sum(row[outcome] for row in rows.values()) for outcome in _OUTCOMES}
-    return list(rows.values()), {"inputs": len(seen), **totals, "seconds": time.perf_counter() - began}
+    return list(rows.values()), {
+        "inputs": len(seen),
+        **totals,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Text from a checkpoint steers no terminal, wherever it is shown: in the command's output, in errors, in the log."""
+"""Text from a checkpoint steers no terminal, wherever it is shown: in the command's output, in
+errors, in the log."""
 
 import logging
 import pickle
@@ -52,7 +53,15 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["ls", "RUN"], ["ls", "BASE"], ["show", "RUN"], ["show", "RUN@best"], ["show", "--json", "RUN"], ["diff", "RUN@1", "RUN@2"]]
+    "command",
+    [
+        ["ls", "RUN"],
+        ["ls", "BASE"],
+        ["show", "RUN"],
+        ["show", "RUN@best"],
+        ["show", "--json", "RUN"],
+        ["diff", "RUN@1", "RUN@2"],
+    ],
 )
 def test_no_command_prints_more_than_it_should(run, capsys, caplog, command):
     main([part.replace("RUN", str(run)).replace("BASE", str(run.parent)) for part in command])

@@ -1,7 +1,8 @@
-"""How many containers a record has, counted without making them: a byte of msgpack may become a hundred bytes of Python's objects.
+"""How many containers a record has, counted without making them: a byte of msgpack may become a
+hundred bytes of Python's objects.
 
-Containers are arrays, maps and extension values. Walking them is what a reader does in Python, at a microsecond each; numbers and text
-between them cost little.
+Containers are arrays, maps and extension values. Walking them is what a reader does in Python, at a
+microsecond each; numbers and text between them cost little.
 """
 
 import re
@@ -20,19 +21,21 @@ def _short(base: int) -> bytes:
 
 
 _PLAIN = re.compile(
-    rb"(?s:[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]+|[\xcc\xd0].|[\xcd\xd1]..|[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8}|"
-    + _short(0xA0) + rb"|(?:[\xc4\xd9]|[\xc5\xda]\x00|[\xc6\xdb]\x00\x00\x00)(?:" + _short(0) + rb"))*+"
+    rb"(?s:[\x00-\x7f\xc0\xc2\xc3\xe0-\xff]+|[\xcc\xd0].|[\xcd\xd1]..|"
+    rb"[\xca\xce\xd2].{4}|[\xcb\xcf\xd3].{8}|" + _short(0xA0)
+    + rb"|(?:[\xc4\xd9]|[\xc5\xda]\x00|[\xc6\xdb]\x00\x00\x00)(?:" + _short(0) + rb"))*+"
 )  # fmt: skip
 """A run of numbers, short text and the like."""
 
 
 def has_too_many(data: bytes, inside: frozenset[bytes]) -> bool:
-    """Return whether a record has more than :data:`MAX_CONTAINERS`. Extension values of the types ``inside`` hold further values.
+    """Return whether a record has more than :data:`MAX_CONTAINERS`. Extension values of the types
+    ``inside`` hold further values.
 
     Of what is not msgpack, it looks at as much as a decoder would.
     """
-    if len(data) - len(data.translate(None, _HEADS)) <= MAX_CONTAINERS:  # most often; else some may be bytes of other values
-        return False
+    if len(data) - len(data.translate(None, _HEADS)) <= MAX_CONTAINERS:
+        return False  # nearly always; else some may be bytes of other values
     position = count = 0
     while count <= MAX_CONTAINERS and (position := _end_of_plain(data, position)) < len(data):
         head = data[position]
@@ -45,7 +48,10 @@ def has_too_many(data: bytes, inside: frozenset[bytes]) -> bool:
             position, count = position + 2 + size_bytes, count + 1
         elif head in _COUNTED:
             begin = position + 1 + _COUNTED[head]
-            size_bytes, is_extension = int.from_bytes(data[position + 1 : begin]), 0xC7 <= head < 0xCA
+            size_bytes, is_extension = (
+                int.from_bytes(data[position + 1 : begin]),
+                0xC7 <= head < 0xCA,
+            )
             if is_extension and data[begin : begin + 1] in inside:
                 size_bytes = 0
             position, count = begin + is_extension + size_bytes, count + is_extension

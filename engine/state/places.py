@@ -1,4 +1,5 @@
-"""Which parts of a tensor overlap a box, found by their first rows instead of one by one: a tensor may have a hundred thousand."""
+"""Which parts of a tensor overlap a box, found by their first rows instead of one by one: a tensor
+may have a hundred thousand."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ FREE_LOOKS = 1 << 18
 
 
 class Places:
-    """The parts of one tensor. Rows that follow one another, as training lays parts out, are found by bisection.
+    """The parts of one tensor. Rows that follow one another, as training lays parts out, are found
+    by bisection.
 
-    Of parts that cross each other in any other way, it looks at some in vain: after :data:`FREE_LOOKS` more than a few for each part
-    and each box, it raises :class:`CheckpointCorrupt`.
+    Of parts that cross each other in any other way, it looks at some in vain: after
+    :data:`FREE_LOOKS` more than a few for each part and each box, it raises
+    :class:`CheckpointCorrupt`.
     """
 
     def __init__(self, tensor: LogicalTensor) -> None:

@@ -1,4 +1,5 @@
-"""What the record that all ranks share looks like, so that whoever takes it apart finds the types that it expects.
+"""What the record that all ranks share looks like, so that whoever takes it apart finds the types
+that it expects.
 
 Values that users and optimizers bring may be anything that a record holds.
 """
@@ -54,11 +55,15 @@ class Shared(Struct):
     environment: dict[str, Any] = {}
 
 
+_Position = Annotated[int, Meta(ge=0, le=624)]
+
+
 class _Random(Struct):
-    """See :func:`engine.state.progress.capture_rng`. NumPy does not check the position that it is given."""
+    """See :func:`engine.state.progress.capture_rng`. NumPy does not check the position that it is
+    given."""
 
     python: tuple[int, tuple[int, ...], float | None]
-    numpy: tuple[str, bytes, Annotated[int, Meta(ge=0, le=624)], Annotated[int, Meta(ge=0, le=1)], float]
+    numpy: tuple[str, bytes, _Position, int, float]
     torch: bytes
     cuda: list[bytes]
     seed: int

@@ -15,9 +15,11 @@ Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class Promised:
-    """Costs time and memory in proportion to the boxes; there are ``most``, as many as the indexes have room for.
+    """Costs time and memory in proportion to the boxes; there are ``most``, as many as the indexes
+    have room for.
 
-    Raises :class:`CheckpointCorrupt` where a few bytes of layouts promise more: they may name every writer for every tensor.
+    Raises :class:`CheckpointCorrupt` where a few bytes of layouts promise more: they may name every
+    writer for every tensor.
     """
 
     def __init__(self, tensors: Sequence[LogicalTensor], most: int) -> None:
