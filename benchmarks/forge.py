@@ -19,6 +19,8 @@ _TEXTS = (
     "", "\x1b]0;title\x07", f"a\n{FORGED} line", "\u202e\u2066", "\u2028\u200b\x9b\x7f", "__metadata__", "model.__metadata__", "../../../etc/x",
     "x" * 300, "x" * 70_000, "model.0.weight", "F32", "F8_E8M0", "grid", "flat", "absent", "format", "nan", "\x00", "min", "cpu", "rng",
 )  # fmt: skip
+_STAIN = f"\x1b[31m\r\u202e\u200b\n{FORGED}"
+_STAINED = 0.2
 _NUMBERS = (
     -1,
     0,
@@ -69,13 +71,23 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def mutate(value: Any, chance: random.Random) -> None:
-    """Change one to three places in it."""
+    """Change one to three places in it, or stain many of its texts."""
+    if chance.random() < _STAINED:
+        return _stain(value, chance)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         places = _places(value, [])
         if not places:
             return
         container, key = chance.choice(places)
         _CHANGES[chance.choice(list(_CHANGES))](container, key, chance, places)
+
+
+def _stain(value: Any, chance: random.Random) -> None:
+    for container, key in _places(value, []):
+        if isinstance(container[key], str) and chance.random() < 0.3:
+            container[key] += _STAIN
+        if isinstance(container, dict) and isinstance(key, str) and chance.random() < 0.05:
+            container[key + _STAIN] = container.pop(key)
 
 
 def _replace(container: Any, key: Any, chance: random.Random, places: Any) -> None:
