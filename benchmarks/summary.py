@@ -23,6 +23,7 @@ TARGETS: dict[str, dict[str, str]] = {
     },
     "stall": {"blocked_over_memcpy": "<= 1.2", "blocked_over_dcp_thread": "<= 0.2", "first_over_second_save": "<= 2"},
     "stall_tiny": {"tiny_worst_step_ms": "<= 20"},
+    "hostile": {"tracebacks": "<= 0", "control_characters": "<= 0", "over_time": "<= 0", "over_memory": "<= 0"},
     "crash": {"torn_visible": "<= 0", "committed_lost": "<= 0"},
     "interference": {"steps_ratio": ">= 0.9"},
     "throughput": {"save_over_raw": ">= 0.9", "load_over_raw": ">= 0.8", "load_over_dcp": ">= 2"},

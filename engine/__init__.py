@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.printable import escape_log
+
 if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
     from engine.data import ElasticSampler
@@ -10,6 +12,8 @@ if TYPE_CHECKING:
     from engine.state.frozen_rows import freeze_rows
     from engine.state.objects import PerRank
     from engine.state.progress import Progress
+
+escape_log()
 
 __all__ = ["Checkpointer", "ElasticSampler", "PerRank", "Progress", "export_model", "freeze_rows"]
 

@@ -12,11 +12,17 @@
 An error that one rank meets is raised on every rank, as the same class (see ``engine.sync``).
 """
 
+from engine.printable import indented
+
 
 class EngineError(Exception):
-    """Base of all errors raised on purpose. ``exit_code`` is what a command line should exit with."""
+    """Base of all errors raised on purpose. ``exit_code`` is what a command line should exit with. Messages quote checkpoints, which
+    may be hostile: see :func:`engine.printable.indented`."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(indented(message))
 
 
 class UsageError(EngineError):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +17,20 @@ from engine.errors import CheckpointCorrupt, StorageError, UsageError
 from engine.format.dtypes import ITEM_BYTES, STORED_AS_BYTES
 from engine.format.layout import LogicalTensor
 from engine.format.manifest import MANIFEST
+from engine.format.names import METADATA
 from engine.format.record import decode_record
-from engine.format.safetensors import HEADER_ALIGN_BYTES
-from engine.state.boxes import Box, flat_to_boxes, intersect, part_box, shift
+from engine.format.safetensors import HEADER_ALIGN_BYTES, READ_HEADER_BYTES
+from engine.state.boxes import Box, flat_to_boxes, shift
+from engine.state.places import Places
 from engine.storage import LocalStorage
 from engine.transfer.stored import StoredCheckpoint
 from engine.transfer.values import WINDOW_ELEMENTS, raw_type, read_box
 
 SAFETENSORS, PICKLED = ".safetensors", (".pt", ".pth", ".bin")
+
+
+FREE_BYTES, GROWTH = 1 << 28, 16
+"""An export has at most 256 MiB more than as many times the bytes of the step's files."""
 
 
 class Exported(NamedTuple):
@@ -74,6 +81,7 @@ def export_step(
     target = os.path.abspath(os.fspath(path))
     _check_target(target, overwrite)
     model = _model(stored, member)
+    _check_size(stored, model, os.path.dirname(target))
     write = _write_safetensors if target.endswith(SAFETENSORS) else _write_pickled
     with _created(target) as file:
         write(file, model, _pieces(stored, model, on_bytes))
@@ -94,9 +102,25 @@ def _check_target(path: str, overwrite: bool) -> None:
         )
 
 
+def _check_size(stored: StoredCheckpoint, model: _Model, folder: str) -> None:
+    """Before anything is written: a few bytes may declare any number of elements absent, or lay all tensors over the same bytes."""
+    size_bytes = sum(tensor.size_bytes for tensor in model.tensors.values())
+    most = FREE_BYTES + GROWTH * stored.size_on_disk()
+    if size_bytes > most:
+        raise CheckpointCorrupt(
+            f"{stored.where}: the model would be {size_bytes} bytes as one file; from the files of this step come at most {most}. "
+            "Tensors are declared absent, or share their bytes, as no save leaves them. Restore the step from a copy"
+        )
+    free = shutil.disk_usage(folder).free
+    if size_bytes > free:
+        raise StorageError(f"the model is {size_bytes} bytes, of which {folder} has room for {free}; nothing was written")
+
+
 def _model(stored: StoredCheckpoint, member: str | None) -> _Model:
     prefix, own = _prefix(stored, member)
     keys = {name: own.get(key, key) for name in (*stored.tensors, *stored.manifest.aliases) if (key := _key(name, prefix)) is not None}
+    if METADATA in keys.values():
+        raise CheckpointCorrupt(f"{stored.where}: a parameter or buffer has the key {METADATA}, which no save leaves")
     if len(set(keys.values())) < len(keys):
         raise CheckpointCorrupt(f"{stored.where}: parameters, buffers and tied names of the model are called the same")
     found = [name for name in stored.tensors if name in keys]
@@ -132,22 +156,20 @@ def _key(name: str, prefix: str) -> str | None:
 
 def _pieces(stored: StoredCheckpoint, model: _Model, on_bytes: Callable[[int], object]) -> _Pieces:
     for key, tensor in model.tensors.items():
-        numel = math.prod(tensor.shape)
+        numel, places = math.prod(tensor.shape), Places(tensor)
         for start in range(0, numel, WINDOW_ELEMENTS):
             for box in flat_to_boxes(tensor.shape, start, min(start + WINDOW_ELEMENTS, numel)):
-                data = memoryview(_read(stored, tensor, box).reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]  # as in state/shard
+                data = memoryview(_read(stored, tensor, places, box).reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]  # as in state/shard
                 yield key, data
                 on_bytes(len(data))
 
 
-def _read(stored: StoredCheckpoint, tensor: LogicalTensor, box: Box) -> np.ndarray:
+def _read(stored: StoredCheckpoint, tensor: LogicalTensor, places: Places, box: Box) -> np.ndarray:
     found = np.empty(box.sizes, raw_type(tensor.dtype))
-    for part in tensor.parts:  # they tile the tensor: seen to when the step was opened
-        common = intersect(part_box(tensor, part), box)
-        if common is not None:
-            inner = shift(common, box.offsets, -1)
-            place = tuple(slice(o, o + n) for o, n in zip(inner.offsets, inner.sizes, strict=True))
-            found[place] = read_box(stored, tensor, part, common)
+    for part, common in places.overlapping(box):  # they tile the tensor: seen to when the step was opened
+        inner = shift(common, box.offsets, -1)
+        place = tuple(slice(o, o + n) for o, n in zip(inner.offsets, inner.sizes, strict=True))
+        found[place] = read_box(stored, tensor, part, common)
     return found
 
 
@@ -158,9 +180,13 @@ def _write_safetensors(file: BinaryIO, model: _Model, pieces: _Pieces) -> None:
             raise UsageError(f"{key} is of {tensor.dtype}, for which safetensors has no type that all readers know; export to a {PICKLED[0]} file")
         entries[key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (end, end + tensor.size_bytes)}
         end += tensor.size_bytes
+    if "format" in model.aliases:
+        raise UsageError(f"a tied tensor is called format, which a safetensors file needs for itself; export to a {PICKLED[0]} file")
     metadata = {**model.aliases, "format": "pt"}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps({METADATA: metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     padded = -(-(8 + len(text)) // HEADER_ALIGN_BYTES) * HEADER_ALIGN_BYTES
+    if padded - 8 > READ_HEADER_BYTES:
+        raise UsageError(f"the names of the model's tensors are {padded} bytes, more than safetensors takes; export to a {PICKLED[0]} file")
     file.write(struct.pack("<Q", padded - 8) + text.ljust(padded - 8))
     for _, data in pieces:
         file.write(data)

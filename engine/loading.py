@@ -1,31 +1,54 @@
 """One load under way: what of a checkpoint goes where. Compare first, which changes nothing; then plan; fill; restore the rest."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import msgspec
 import torch
 
 from engine import dcp, numerics
-from engine.errors import CheckpointCorrupt, IncompatibleCheckpoint, LayoutError
+from engine.errors import CheckpointCorrupt, EngineError, IncompatibleCheckpoint, LayoutError
 from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Mesh, Part
 from engine.format.record import decode_record
 from engine.plan.match import Allow, Match, allowed, match, match_names
 from engine.plan.reads import RUN_BYTES
 from engine.proof import Sample, Verify, unequal
-from engine.state.boxes import intersect, part_box
+from engine.state.boxes import part_box
 from engine.state.carried import LoadedTensors
 from engine.state.member import Targets
 from engine.state.members import Members
 from engine.state.objects import ObjectMember
+from engine.state.places import Places
 from engine.state.progress import Progress
+from engine.state.schema import Own, Shared
 from engine.state.shard import Shard, torch_dtype
 from engine.state.values import references, shown
 from engine.transfer.stored import StoredCheckpoint
 
 logger = logging.getLogger("engine")
+
+
+@contextmanager
+def _taking_over(what: str) -> Iterator[None]:
+    """A record may hold a value of a type that nobody expects where it is: then this raises :class:`IncompatibleCheckpoint`."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except Exception as e:
+        raise IncompatibleCheckpoint(f"{what} cannot be taken over by this run: {type(e).__name__}: {e}") from e
+
+
+def _guarded(act: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(act)
+    def run(self: "Loading", *arguments: Any) -> Any:
+        with _taking_over(f"the state in {self.stored.where}"):
+            return act(self, *arguments)
+
+    return run
 
 
 class Loading:
@@ -37,14 +60,18 @@ class Loading:
         self._rank, self._world_size, self._saved_on = rank, world_size, stored.manifest.summary.world_size
         record = decode_record(stored.manifest.record)
         try:
-            self.progress = msgspec.convert(record["progress"], Progress)
-            self._models: dict[str, Any] = record["models"]
-            self._objects: dict[str, Any] = record["objects"]
-            self._per_rank: list[str] = record["per_rank"]
-            self.config: dict[str, Any] = record["config"]
-            self._environment: dict[str, Any] = dict(record.get("environment", {}))
-        except (msgspec.ValidationError, KeyError, TypeError) as e:
-            raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e!r}") from e
+            self.progress: Progress = msgspec.convert(record, Shared).progress
+            self.progress.check()
+        except (msgspec.ValidationError, ValueError) as e:
+            raise CheckpointCorrupt(f"{stored.where}: its state record is not as this version writes it: {e}") from e
+        head, said = stored.manifest.summary, self.progress
+        if (head.epoch, head.step, head.samples) != (said.epoch, said.step, said.samples):
+            raise CheckpointCorrupt(f"{stored.where}: its state record is of step {said.step}, its head of step {head.step}, or not as far")
+        self._models: dict[str, Any] = record["models"]
+        self._objects: dict[str, Any] = record["objects"]
+        self._per_rank: list[str] = record["per_rank"]
+        self.config: dict[str, Any] = record["config"]
+        self._environment: dict[str, Any] = record.get("environment", {})
         self._own: dict[str, Any] | None = None
         self._targets = Targets([], [])
         self._matched = Match()
@@ -58,9 +85,12 @@ class Loading:
         self.restored: list[str] = []
         """Of the members that are not models, those restored so far."""
 
+    @_guarded
     def compare(self) -> None:
         """Names, shapes and dtypes, and whether the optimizers can hold the state. Changes nothing live."""
         stored, models = self.stored, self._members.models
+        if self._rank == 0:
+            stored.check_backed()
         extra = self._own_record().get("extra", {})
         may_resize = partial(allowed, patterns=self._allow.resize)
         self._targets = targets = self._members.targets(stored.tensors, stored.manifest.aliases, self._models, extra, may_resize)
@@ -135,9 +165,10 @@ class Loading:
         if self._own is None:
             writer = self._rank if self._world_size == self._saved_on else 0
             self._own = decode_record(self.stored.index(writer).record())
-            kinds = isinstance(self._own, dict) and isinstance(self._own.get("objects"), dict) and isinstance(self._own.get("extra", {}), dict)
-            if not kinds:
-                raise CheckpointCorrupt(f"{self.stored.where}: the record of rank {writer} is not as this version writes it")
+            try:
+                msgspec.convert(self._own, Own)
+            except msgspec.ValidationError as e:
+                raise CheckpointCorrupt(f"{self.stored.where}: the record of rank {writer} is not as this version writes it: {e}") from e
         assert self._own is not None
         return self._own
 
@@ -164,14 +195,17 @@ class Loading:
         device = self._members.device()
         for name, tensors in self._object_tensors.items():
             member = self._members.objects[name]
-            member.restore(self._objects[name], tensors, device)
+            with _taking_over(f"the stored state of member '{name}'"):
+                member.restore(self._objects[name], tensors, device)
             self.restored.append(name)
             if hasattr(member.target, "seek"):
                 member.target.seek(self.progress.samples)
         for name, model in self._members.models.items():
-            model.restore_surroundings()
+            with _taking_over(f"what is stored of {model.name}'s schedulers and extra state"):
+                model.restore_surroundings()
             self.restored.append(name or "the model's schedulers and extra state")
 
+    @_guarded
     def plan(self) -> bool:
         """Give the optimizers the states that the checkpoint has, and find in the indexes where everything is; returns whether
         ranks need what others read, so that they must exchange it."""
@@ -231,20 +265,21 @@ class Loading:
         """Moments of frozen rows: what is dropped because the rows are frozen here, or filled because they were there."""
         live, stored = pairing.shard.tensor, self.stored.tensors[pairing.stored.name]
         for tensor, other, told in ((live, stored, "left out: these rows are frozen here"), (stored, live, "zero: these rows were frozen there")):
+            places = Places(other)
             for part in tensor.parts:
                 if isinstance(part.layout, Absent) and any(
-                    intersect(part_box(tensor, part), part_box(other, counterpart)) is not None
-                    for counterpart in other.parts
-                    if not isinstance(counterpart.layout, Absent)
+                    not isinstance(counterpart.layout, Absent) for counterpart, _ in places.overlapping(part_box(tensor, part))
                 ):
                     first = part.offsets[0] if part.offsets else 0
                     self._news.append(f"{live.name}: rows {first} to {first + part_box(tensor, part).sizes[0]} {told}")
 
+    @_guarded
     def restore(self) -> None:
         """Everything of the models that is not a tensor; ``publish`` follows on all ranks."""
         for member in self._members.models.values():
             member.restore(self.progress.step, self.progress.samples)
 
+    @_guarded
     def prove(self, shards: Sequence[Shard], verify: Verify) -> None:
         """Compare what was captured again after the restore, ``shards`` and records, with the checkpoint.
 

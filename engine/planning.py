@@ -9,6 +9,7 @@ from engine import dcp
 from engine.errors import UsageError
 from engine.format.checksum import digest
 from engine.format.layout import LogicalTensor
+from engine.format.names import name_problem
 from engine.plan.assign import Frozen, assign_writers, place_frozen
 from engine.plan.order import reading_order
 from engine.state.shard import Shard
@@ -35,11 +36,13 @@ class GlobalPlan:
 
 
 def make_plan(described: tuple[LogicalTensor, ...], rank: int, frozen: frozenset[Frozen] = frozenset(), world_size: int = 1) -> GlobalPlan:
-    """Raises :class:`UsageError` where two tensors have one name."""
+    """Raises :class:`UsageError` where two tensors have one name, or one has a name that no tensor may have."""
     names = [tensor.name for tensor in described]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"two tensors are both called {twice[0]}; give members other names")
+    if odd := next((name for name in names if name_problem(name)), None):
+        raise UsageError(f"a tensor is called {odd[:200]!r}, {name_problem(odd)}; rename it")
     assigned = assign_writers(described)
     placed = place_frozen(assigned, frozen, world_size)
     has_frozen = placed != assigned

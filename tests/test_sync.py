@@ -215,7 +215,7 @@ def test_ranks_wait_for_what_rank_0_carries_out(store):
     def act(ranks):
         return ranks.round("save", lambda: ranks.rank, lambda values: time.sleep(0.3) or values, changes="committed")
 
-    assert together(store, act) == dict.fromkeys(range(WORLD), [0, 1, 2, 3])
+    assert together(store, act) == {rank: [0, 1, 2, 3] for rank in range(WORLD)}
 
 
 @pytest.mark.parametrize("changes", ["committed", ""])

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from engine.cli.text import say
 from engine.errors import EngineError
 
 
@@ -20,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except EngineError as e:
-        from engine.cli.text import printable
-
-        print(f"engine {args.command}: {printable(str(e))}", file=sys.stderr)
+        say(f"engine {args.command}: {e}", error=True)
         return e.exit_code
     except BrokenPipeError:  # `engine ls | head`; the interpreter would complain once more on closing stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 def _ls(args: argparse.Namespace) -> int:
     from engine.cli.ls import list_steps_or_runs
 
-    print("\n".join(list_steps_or_runs(args.path)))
+    say(*list_steps_or_runs(args.path))
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     from engine.cli.show import show
 
-    print(show(args.target, args.tensors, args.json))
+    show(args.target, args.tensors, args.json)
     return 0
 
 
@@ -97,7 +96,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from engine.cli.export import export
 
-    print(export(args.target, args.file, args.member, args.overwrite))
+    say(export(args.target, args.file, args.member, args.overwrite))
     return 0
 
 

@@ -1,18 +1,20 @@
 """``engine diff``: how two steps differ, however each is sharded. Memory stays bounded: values are compared a window at a time."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from engine.cli.changes import changes
 from engine.cli.target import locate
-from engine.cli.text import printable, table
+from engine.cli.text import say, table
 from engine.errors import CheckpointCorrupt
 from engine.format.checksum import DIGEST_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Absent, LogicalTensor
 from engine.format.manifest import Chunk
 from engine.format.record import decode_record
-from engine.state.boxes import Box, flat_to_boxes, intersect, part_box, shift, written_boxes
+from engine.state.boxes import Box, boxes_at, flat_to_boxes, part_box, positions, shift
+from engine.state.places import Places
 from engine.transfer.stored import REMEDY, StoredCheckpoint
 from engine.transfer.values import WINDOW_ELEMENTS, fill_value, gap, read_blocks, read_box
 
@@ -36,7 +38,7 @@ def diff(a: str, b: str, read_all: bool) -> int:
     first, second = (StoredCheckpoint(*locate(target)) for target in (a, b))
     for name, stored in (("A", first), ("B", second)):
         summary = stored.manifest.summary
-        print(printable(f"{name} = {stored.where}: step {summary.step}, {summary.engine} on {summary.world_size} ranks"))
+        say(f"{name} = {stored.where}: step {summary.step}, {summary.engine} on {summary.world_size} ranks")
     told = [*_record_lines(first, second), *_tensor_lines(first, second)]
     compared = [name for name in first.tensors if _alike(first.tensors[name], second.tensors.get(name))]
     gaps = {name: compare(first, second, first.tensors[name], second.tensors[name], read_all) for name in compared}
@@ -45,12 +47,11 @@ def diff(a: str, b: str, read_all: bool) -> int:
         for name, found in gaps.items()
         if found.elements
     ]
-    for line in told:
-        print(printable(line))
+    say(*told)
     if rows:
-        print("\n".join(table(["values differ", "dtype", ">elements", ">of", ">max |A-B|"], rows)))
+        say(*table(["values differ", "dtype", ">elements", ">of", ">max |A-B|"], rows))
     unread = sum(not found.was_read for found in gaps.values())
-    print(f"{len(rows)} of {len(compared)} tensors differ in value" + (f"; {unread} are equal by their checksums, unread" if unread else ""))
+    say(f"{len(rows)} of {len(compared)} tensors differ in value" + (f"; {unread} are equal by their checksums, unread" if unread else ""))
     return 1 if told or rows else 0
 
 
@@ -102,13 +103,11 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint, x: LogicalTensor, y: Logic
         for rank, box in _written(x):
             _compare_chunks(a, b, x, rank, box, read_all, found)
         return found
+    places = Places(y)
     for p in x.parts:
-        for q in y.parts:
-            common = intersect(part_box(x, p), part_box(y, q))
-            if common is None:
-                continue
+        for q, common in places.overlapping(part_box(x, p)):
             if isinstance(p.layout, Absent) and isinstance(q.layout, Absent):  # perhaps more elements than anyone could count one by one
-                one, largest = gap(x.dtype, fill_value(x.dtype, p.layout.fill), fill_value(x.dtype, q.layout.fill))
+                one, largest = _gap_of_fills(x.dtype, p.layout.fill.hex(), q.layout.fill.hex())
                 found.add(one * common.numel, largest)
                 continue
             found.was_read = True
@@ -117,13 +116,17 @@ def compare(a: StoredCheckpoint, b: StoredCheckpoint, x: LogicalTensor, y: Logic
     return found
 
 
+@lru_cache(4096)
+def _gap_of_fills(dtype: str, a: str, b: str) -> tuple[int, float | int | None]:
+    """Of one element. As text, because 0.0 and -0.0 differ."""
+    return gap(dtype, fill_value(dtype, float.fromhex(a)), fill_value(dtype, float.fromhex(b)))
+
+
 def _written(tensor: LogicalTensor) -> Iterator[tuple[int, Box]]:
     for part in tensor.parts:
-        if not isinstance(part.layout, Absent):
-            for position in range(part.layout.mesh.size):
-                rank = part.layout.mesh.rank_at(position)
-                for box in written_boxes(tensor, part, rank):
-                    yield rank, box
+        for rank, position in positions(tensor, part):
+            for box in boxes_at(tensor.shape, part, position):
+                yield rank, box
 
 
 def _compare_chunks(a: StoredCheckpoint, b: StoredCheckpoint, tensor: LogicalTensor, rank: int, box: Box, read_all: bool, found: Gap) -> None:

@@ -1,7 +1,7 @@
 """``engine export``: a model of a step as an ordinary file."""
 
 from engine.cli.target import locate
-from engine.cli.text import Bar, megabytes, printable
+from engine.cli.text import Bar, megabytes
 from engine.export import export_step
 from engine.transfer.stored import StoredCheckpoint
 
@@ -14,4 +14,4 @@ def export(target: str, path: str, member: str | None, overwrite: bool) -> str:
         done = export_step(stored, path, member, overwrite, bar.add)
     finally:
         seconds = bar.close()
-    return printable(f"{path}: {done.tensors} tensors of {stored.where}, {megabytes(done.size_bytes)} MB verified and written in {seconds:.2f} s")
+    return f"{path}: {done.tensors} tensors of {stored.where}, {megabytes(done.size_bytes)} MB verified and written in {seconds:.2f} s"

@@ -3,7 +3,7 @@
 import os
 
 from engine.catalog import Run, Step, descends_from, find, read_summary, runs_below, steps
-from engine.cli.text import megabytes, moment, numbers, printable, table
+from engine.cli.text import megabytes, moment, numbers, table
 from engine.errors import CheckpointNotFound, EngineError
 from engine.format.manifest import Summary
 from engine.format.names import BEST, LATEST
@@ -29,7 +29,7 @@ def _steps(storage: Storage, found: list[Step]) -> list[str]:
         try:
             heads[step.name] = read_summary(storage, step.name)
         except EngineError as e:
-            told[step.name] = f"cannot be read: {printable(str(e))}"
+            told[step.name] = f"cannot be read: {e}"
     marks = _marks(storage, heads)
     rows = [_row(step.name, heads[step.name], marks[step.name]) for step in found if step.name in heads]
     lines = table(["step", ">epoch", ">ranks", "engine", "saved (UTC)", ">MB", "metrics"], rows)
@@ -68,5 +68,5 @@ def _runs(root: str, below: list[Run]) -> list[str]:
     for run in below:
         created = "" if run.created is None else moment(run.created)
         best = "" if run.best is None else f"{run.monitor}={run.best:.4g} at step {run.best_step}"
-        rows.append([printable(os.path.relpath(run.path, root)), run.experiment, created, str(run.steps), str(run.saves), best])
+        rows.append([os.path.relpath(run.path, root), run.experiment, created, str(run.steps), str(run.saves), best])
     return table(["run", "experiment", "begun (UTC)", ">steps", ">saves", "best"], rows)

@@ -1,6 +1,5 @@
 """``engine show``: what a step holds. Reads the manifest and the heads of indexes, no chunk and no tensor."""
 
-import json
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -10,7 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.cli.target import locate
-from engine.cli.text import megabytes, moment, numbers, printable, table
+from engine.cli.text import dump, megabytes, moment, numbers, say, table
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import REPLICATED, Absent, Grid, Layout, LogicalTensor, Part, shifted
 from engine.format.record import Array, Reference, decode_record
@@ -18,11 +17,16 @@ from engine.state.boxes import holders, part_box
 from engine.transfer.stored import StoredCheckpoint
 
 _SHOWN_RANKS, _SHOWN_PARTS = 32, 4
+_AS_THEY_ARE = frozenset({bool, int, str, type(None)})
 
 
-def show(target: str, pattern: str, as_json: bool) -> str:
+def show(target: str, pattern: str, as_json: bool) -> None:
+    """Print it."""
     told = describe(StoredCheckpoint(*locate(target)), pattern)
-    return json.dumps(told, indent=2) if as_json else "\n".join(_lines(told))
+    if as_json:
+        dump(told)
+    else:
+        say(*_lines(told))
 
 
 def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
@@ -42,7 +46,7 @@ def describe(stored: StoredCheckpoint, pattern: str = "*") -> dict[str, Any]:
             }
         )
     return {
-        "path": stored.where,
+        "path": stored.where.encode(errors="backslashreplace").decode(),
         **_plain(msgspec.to_builtins(manifest.summary)),
         "record": _plain(record) if isinstance(record, dict) else {},
         "aliases": manifest.aliases,
@@ -57,6 +61,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key if isinstance(key, str) else repr(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
+        if _AS_THEY_ARE.issuperset(map(type, value)):
+            return list(value)
         return [_plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -124,12 +130,12 @@ def _lines(told: Mapping[str, Any]) -> list[str]:
         "best": best,
         "size": f"{megabytes(told['size_bytes'])} MB, {told['tensors_in_all']} tensors",
     }
-    lines = [printable(told["path"]), *(f"  {name:8} {printable(value)}" for name, value in facts.items())]
+    lines = [told["path"], *(f"  {name:8} {value}" for name, value in facts.items())]
     for title, value in record.items():
         if title == "models" and isinstance(value, dict):
-            lines += ["", "models", *(f"  {printable(text)}" for name, model in value.items() for text in _model(name, model))]
+            lines += ["", "models", *(f"  {text}" for name, model in value.items() for text in _model(name, model))]
         elif value not in ({}, [], None):
-            lines += ["", printable(title), *_nested(value)]
+            lines += ["", title, *_nested(value)]
     return [*lines, *_tensor_lines(told), *_rank_lines(told["ranks"])]
 
 
@@ -151,7 +157,7 @@ def _model(name: str, model: Any) -> list[str]:
 
 def _nested(value: Any) -> list[str]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else [("", value)]
-    return [f"  {printable(f'{key}: {_short(inner)}')}" for key, inner in items]
+    return [f"  {key}: {_short(inner)}" for key, inner in items]
 
 
 def _short(value: Any, most: int = 200) -> str:

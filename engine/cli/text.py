@@ -1,23 +1,36 @@
 """What the commands print with."""
 
+import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
+
+import msgspec
+
+from engine.printable import printable
 
 RIGHT = ">"
+WIDEST = 120
+"""A column is at most as wide; a longer cell moves what follows it in its line."""
 
 
-def printable(text: str) -> str:
-    """A checkpoint may be hostile: names in it must not steer the terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines, on the standard error if ``error``. A checkpoint may be hostile: nothing is printed in any other way."""
+    for line in lines:
+        print(printable(line), file=sys.stderr if error else sys.stdout)
+
+
+def dump(told: Any) -> None:
+    """Print as JSON, in ASCII."""
+    print(msgspec.json.format(json.dumps(told), indent=2))
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
     """Lines of aligned columns; those whose head begins with ``>`` to the right."""
     rows = [[printable(cell) for cell in row] for row in rows]
     names = [head.removeprefix(RIGHT) for head in heads]
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(names, *rows, strict=True)]
     signs = [RIGHT if head.startswith(RIGHT) else "<" for head in heads]
     return [
         (indent + "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True))).rstrip() for row in (names, *rows)

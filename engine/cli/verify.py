@@ -1,10 +1,8 @@
 """``engine verify``: every byte of a step against what the step says of itself."""
 
-import sys
-
 from engine.catalog import read_summary
 from engine.cli.target import locate
-from engine.cli.text import Bar, megabytes, printable
+from engine.cli.text import Bar, megabytes, say
 from engine.errors import CheckpointCorrupt, EngineError
 from engine.format.names import parse_step
 from engine.storage import LocalStorage, Storage
@@ -41,8 +39,8 @@ def _verify(storage: Storage, folder: str) -> int:
     finally:
         seconds = bar.close()
     for problem in problems:
-        print(f"{folder}/{printable(str(problem))}", file=sys.stderr)
+        say(f"{folder}/{problem}", error=True)
     result = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "sound"
     speed = bar.done_bytes / 1e9 / max(seconds, 1e-9)
-    print(f"{folder}: {result}; {megabytes(bar.done_bytes)} MB read in {seconds:.2f} s ({speed:.2f} GB/s)")
+    say(f"{folder}: {result}; {megabytes(bar.done_bytes)} MB read in {seconds:.2f} s ({speed:.2f} GB/s)")
     return len(problems)

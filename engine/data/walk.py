@@ -6,7 +6,7 @@ import msgspec
 
 from engine.errors import UsageError
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 _Size = Annotated[int, msgspec.Meta(ge=1)]
 
 

@@ -27,7 +27,8 @@ _MAGIC = b"lockstep"
 _ENVELOPE = struct.Struct(f"<8sHHIQ{DIGEST_BYTES}s{DIGEST_BYTES}s")  # magic, format, kind, head and body bytes, head and body digest
 _KINDS = {"manifest": 1, "index": 2}
 
-_Count = Annotated[int, Meta(ge=0, le=2**62)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
+StepNumber = Annotated[int, Meta(ge=0, lt=10**18)]  # as many digits as the names of steps have
 _Time = Annotated[float, Meta(ge=0, le=253402300799)]  # up to the year 9999; no NaN
 
 
@@ -35,7 +36,7 @@ class Line(Struct, frozen=True, array_like=True, gc=False):
     """A line of training: its name, unique in the run, and the step that it went on from (0 for a fresh start)."""
 
     name: str
-    parent_step: _Count
+    parent_step: StepNumber
 
 
 class Summary(Struct, frozen=True, gc=False):
@@ -46,19 +47,19 @@ class Summary(Struct, frozen=True, gc=False):
     """
 
     engine: str
-    world_size: _Count
-    epoch: _Count
-    step: _Count
-    samples: _Count
+    world_size: Count
+    epoch: Count
+    step: StepNumber
+    samples: Count
     created: _Time
     attempt: str
     lineage: Annotated[tuple[Line, ...], Meta(min_length=1)]
     metrics: dict[str, float]
     monitor: str
-    mode: str
-    best_step: int
-    tensors: _Count
-    size_bytes: _Count
+    mode: Annotated[str, Meta(pattern=r"^(min|max|)\Z")]
+    best_step: Annotated[int, Meta(ge=-1, lt=10**18)]
+    tensors: Count
+    size_bytes: Count
 
 
 class IndexEntry(Struct, frozen=True, array_like=True, gc=False):

@@ -9,6 +9,12 @@ from engine.storage.base import REMOVED, REPLACED
 LATEST = "latest"
 BEST = "best"
 RUN_FILE = "run.json"
+<<<<<<< HEAD
+=======
+LEASE = ".lease"
+METADATA = "__metadata__"
+MAX_NAME_CHARACTERS = 1 << 16
+>>>>>>> hostile
 _STEP = re.compile(r"step_(\d{8,18})")
 _LEASE = re.compile(r"\.lease_(\d{8,18})")
 _FENCED = re.compile(r"\.fenced_[0-9a-f]{16}")
@@ -86,6 +92,15 @@ def parse_hidden(name: str) -> Hidden | None:
         return None
     state = "attempt" if found[3] is None else "replaced" if found[3] == REPLACED else "removed"
     return Hidden(found[2], found[1], state)
+
+
+def name_problem(tensor: str) -> str:
+    """Why no tensor may have this name; empty where it may. The JSON of a shard file or of an export has names as its keys."""
+    if not tensor or len(tensor) > MAX_NAME_CHARACTERS:
+        return f"which is not of 1 to {MAX_NAME_CHARACTERS} characters"
+    if tensor.rpartition(".")[2] == METADATA:
+        return f"and {METADATA} is what safetensors calls the metadata of a file"
+    return ""
 
 
 def run_name(number: int) -> str:

@@ -7,16 +7,19 @@ of a few further types (a set, a deque, a dtype), as a word and what the value i
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from engine.errors import CheckpointCorrupt, UsageError
+from engine.format.containers import MAX_CONTAINERS, has_too_many
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Dims
 
 _TUPLE, _INT, _COMPLEX, _REFERENCE, _ARRAY, _TYPED = 1, 2, 3, 4, 5, 6
+_NESTING = frozenset({b"%c" % _TUPLE, b"%c" % _TYPED})
 _MAX_DEPTH = 64
 MAX_INT_BITS = 8192  # Python refuses to print integers of more than 4,300 digits
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # msgpack's own ints
@@ -43,6 +46,9 @@ class Typed(Struct, frozen=True, array_like=True):
 
     kind: str
     value: Any
+
+
+_CONTAINERS = frozenset({list, tuple, dict, Typed})
 
 
 class EncodedList:
@@ -73,11 +79,21 @@ def pack_record(value: Any, name: str = "record") -> Any:
 
 
 def encode_packed(packed: Any) -> bytes:
-    """Encode what :func:`pack_record` returned, perhaps in a different thread."""
-    return msgspec.msgpack.encode(packed, enc_hook=lambda value: msgspec.Raw(value.encode()))
+    """Encode what :func:`pack_record` returned, perhaps in a different thread. Raises :class:`UsageError` for more containers than
+    a reader takes."""
+    data = msgspec.msgpack.encode(packed, enc_hook=lambda value: msgspec.Raw(value.encode()))
+    if has_too_many(data, _NESTING):
+        raise UsageError(
+            f"the state that is not in tensors has more than {MAX_CONTAINERS} lists, tuples, dicts and other containers; "
+            "a checkpoint takes no more. Keep large collections as tensors or NumPy arrays"
+        )
+    return data
 
 
 def decode_record(data: bytes) -> Any:
+    """Return the value that was encoded. Raises :class:`CheckpointCorrupt`."""
+    if has_too_many(data, _NESTING):
+        raise CheckpointCorrupt(f"a state record has more than {MAX_CONTAINERS} containers")
     try:
         value = msgspec.msgpack.decode(data, ext_hook=_unpack, strict=False)
         _check_depth(value)
@@ -89,12 +105,17 @@ def decode_record(data: bytes) -> Any:
 def _check_depth(value: Any) -> None:
     """Whoever walks a record may do so by recursion."""
     level = [value]
-    for _ in range(_MAX_DEPTH + 2):
-        inner = [v.value if type(v) is Typed else v for v in level if isinstance(v, (list, tuple, dict, Typed))]
-        if not inner:
+    for _ in range(_MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _containers_in(outer)]
+        if not level:
             return
-        level = [w for v in inner for w in (v.values() if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else [v])]
     raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")
+
+
+def _containers_in(value: Any) -> Sequence[Any]:
+    inner = value.value if type(value) is Typed else value
+    inner = inner.values() if type(inner) is dict else inner if type(inner) in (list, tuple) else [inner] if type(inner) is Typed else ()
+    return () if _CONTAINERS.isdisjoint(map(type, inner)) else [v for v in inner if type(v) in _CONTAINERS]
 
 
 def _pack(value: Any, path: str, depth: int) -> Any:

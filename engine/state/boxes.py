@@ -1,7 +1,7 @@
 """Geometry: flat intervals, boxes, and the boxes that a layout rule gives each rank. Pure integers, no tensors."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TypeGuard
 
@@ -136,11 +136,15 @@ def held_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
 
 @lru_cache(maxsize=4096)  # ten thousand tensors share a few dozen shapes and rules
 def _held_boxes(shape: tuple[int, ...], part: Part, rank: int) -> tuple[Box, ...]:
+    position = None if isinstance(part.layout, Absent) else part.layout.mesh.position_of(rank)
+    return () if position is None else boxes_at(shape, part, position)
+
+
+@lru_cache(maxsize=4096)
+def boxes_at(shape: tuple[int, ...], part: Part, position: int) -> tuple[Box, ...]:
+    """The non-empty boxes of ``part`` that the rank at a position of its mesh holds; an empty part has one, see :func:`positions`."""
     layout, place = part.layout, _place(shape, part)
     if isinstance(layout, Absent):
-        return ()
-    position = layout.mesh.position_of(rank)
-    if position is None:
         return ()
     if _is_replicated(layout):
         return (place,)
@@ -188,6 +192,20 @@ def written_boxes(tensor: LogicalTensor, part: Part, rank: int) -> list[Box]:
     return held_boxes(tensor, part, rank)
 
 
+def positions(tensor: LogicalTensor, part: Part) -> Iterator[tuple[int, int]]:
+    """(rank, its mesh position) for each rank that writes a box of ``part``. Costs time in proportion to their number."""
+    layout, place = part.layout, part_box(tensor, part)
+    if isinstance(layout, Absent):
+        return
+    sizes = place.sizes if place.numel else (1,) * len(place.sizes)  # of an empty part the first cell has the only box
+    if isinstance(layout, Grid):
+        found: Iterable[int] = _cells(layout, sizes, whole(sizes))
+    else:
+        found = range(layout.start // layout.chunk, (layout.start + place.numel - 1) // layout.chunk + 1) if place.numel else (0,)
+    for position in found:
+        yield layout.mesh.rank_at(position), position
+
+
 def writers(tensor: LogicalTensor, part: Part, target: Box) -> Iterator[tuple[int, Box, Box]]:
     """(rank, the box it wrote, its overlap with ``target``) for each written box of ``part`` that overlaps: computed, not searched."""
     yield from _writers(tensor.shape, part, target)
@@ -210,37 +228,40 @@ def _overlaps(shape: tuple[int, ...], part: Part, target: Box) -> Iterator[tuple
     if isinstance(layout, Flat):
         low, high = flat_span(place.sizes, local)
         last = min((layout.start + high - 1) // layout.chunk, layout.mesh.size - 1)
-        positions: Iterator[int] = iter(range((layout.start + low) // layout.chunk, last + 1))
+        found: Iterable[int] = range((layout.start + low) // layout.chunk, last + 1)
     else:
-        positions = _cells(layout, place.sizes, local)
-    for position in positions:
+        found = _cells(layout, place.sizes, local)
+    for position in found:
         rank = layout.mesh.rank_at(position)
-        for box in _held_boxes(shape, part, rank):
+        for box in boxes_at(shape, part, position):
             overlap = intersect(box, wanted)
             if overlap is not None:
                 yield rank, box, overlap
 
 
-def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> Iterator[int]:
-    """Mesh positions of the assigned writers whose cells may overlap ``target``."""
-    number = max(grid.writer, 0)
+def _cells(grid: Grid, sizes: tuple[int, ...], target: Box) -> list[int]:
+    """Mesh positions of the assigned writers whose cells overlap ``target``, which is not empty."""
     counts = tuple(count for dim, count in zip(grid.dims, grid.mesh.shape, strict=True) if dim == REPLICATED)
-    holder = iter(unravel(number, counts))
-    ranges, split = [], set()
+    holder = iter(unravel(max(grid.writer, 0), counts))
+    cells = [(0, whole(sizes))]
     for dim, count in zip(grid.dims, grid.mesh.shape, strict=True):
         if dim == REPLICATED:
             index = next(holder)
-            ranges.append(range(index, index + 1))
-        elif dim in split:  # cut twice: the inner cut depends on the outer piece; few enough to try all
-            ranges.append(range(count))
+            cells = [(position * count + index, box) for position, box in cells]
         else:
-            split.add(dim)
-            piece = max(1, -(-sizes[dim] // count))
-            ranges.append(range(target.offsets[dim] // piece, min(count - 1, (target.offsets[dim] + target.sizes[dim] - 1) // piece) + 1))
-    positions = [0]
-    for extent, indices in zip(grid.mesh.shape, ranges, strict=True):
-        positions = [p * extent + i for p in positions for i in indices]
-    yield from positions
+            cells = [(position * count + i, piece) for position, box in cells for i, piece in _pieces(box, dim, count, target)]
+    return [position for position, _ in cells]
+
+
+def _pieces(box: Box, dim: int, count: int, target: Box) -> Iterator[tuple[int, Box]]:
+    """Of the pieces into which a mesh dimension cuts a box, those that overlap ``target``."""
+    begin, extent = box.offsets[dim], box.sizes[dim]
+    size = max(1, -(-extent // count))
+    low, high = max(target.offsets[dim] - begin, 0), min(target.offsets[dim] + target.sizes[dim] - begin, extent)
+    for i in range(low // size, (high - 1) // size + 1):
+        offsets, sizes = list(box.offsets), list(box.sizes)
+        offsets[dim], sizes[dim] = begin + i * size, min(size, extent - i * size)
+        yield i, Box(tuple(offsets), tuple(sizes))
 
 
 def check_tiling(tensor: LogicalTensor) -> None:

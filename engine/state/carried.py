@@ -10,7 +10,7 @@ from engine.errors import IncompatibleCheckpoint, UsageError
 from engine.format.layout import REPLICATED, Grid, LogicalTensor, Part, mesh_of
 from engine.format.record import Reference, Typed
 from engine.state.plain import layout_of, local_of
-from engine.state.shard import Shard, dtype_name, torch_dtype
+from engine.state.shard import Shard, dtype_name, new_tensor, torch_dtype
 from engine.state.values import SMALL_BYTES, Unknown, flatten, placements, references, small_array
 
 LoadedTensors = dict[str, tuple[torch.Tensor, Shard]]
@@ -100,7 +100,7 @@ def _new(stored: LogicalTensor, dims: list[int] | None, meshes: Sequence[Any], l
         return torch.zeros_like(live, dtype=dtype)
     is_plain = isinstance(live, torch.Tensor) and not isinstance(live, DTensor)
     if dims is None or is_plain or not (meshes or isinstance(live, DTensor)):
-        return torch.zeros(stored.shape, dtype=dtype, device=live.device if live is not None and not live.is_meta else "cpu")
+        return new_tensor(stored, dtype, live.device if live is not None and not live.is_meta else torch.device("cpu"))
     mesh = next((mesh for mesh in meshes if mesh.ndim == len(dims)), None)
     if mesh is None:
         mesh, first = meshes[0], next((dim for dim in dims if dim >= 0), -1)

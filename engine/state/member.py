@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from engine.errors import IncompatibleCheckpoint, LayoutError, UsageError
 from engine.format.layout import REPLICATED, Grid, LogicalTensor, Mesh
+from engine.format.names import name_problem
 from engine.state import optimizer as optim
 from engine.state import scheduler as schedules
 from engine.state.boxes import check_tiling
@@ -20,7 +21,7 @@ from engine.state.extra import ExtraState, Unlisted
 from engine.state.optimizer_state import CapturedOptimizer, OptimizerState
 from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, world_size
-from engine.state.shard import Shard, check_shard, torch_dtype
+from engine.state.shard import Shard, check_shard, new_tensor, torch_dtype
 from engine.state.source import Adapter, Piece, Slot
 from engine.state.values import differing, unflatten
 
@@ -90,6 +91,9 @@ class Member:
         communication."""
         self._check_storage()
         captured = self.capture()
+        for name in (*(shard.name for shard in captured.shards), *self.aliases()):
+            if problem := name_problem(name):
+                raise UsageError(f"{self.name} has a tensor called {name[:200]!r}, {problem}; rename it")
         for shard in captured.shards:
             check_tiling(shard.tensor)
             check_shard(shard, self.rank)
@@ -325,14 +329,14 @@ class Member:
         device = next((p.device for p in names.parameters.values() if not p.is_meta), torch.device("cpu"))
         for name in names.empty:
             if (tensor := stored.get(f"{base}{name}")) is not None:
-                new[name] = torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device)
+                new[name] = new_tensor(tensor, torch_dtype(tensor.dtype), device)
         for name in names.buffers:
             tensor, buffer = stored.get(f"{base}{name}"), names.buffer(name)
             if tensor is None or type(buffer) is not torch.Tensor:
                 continue
             resizes = not buffer.numel() or names.loads_itself(name) or may_resize(f"{base}{name}")
             if tensor.shape != tuple(buffer.shape) and resizes:
-                new[name] = torch.zeros(tensor.shape, dtype=buffer.dtype, device=buffer.device)
+                new[name] = new_tensor(tensor, buffer.dtype, buffer.device)
             elif buffer.is_inference():
                 new[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=buffer.device)
         gone = {f"{base}{name}" for name in record.get("empty_buffers", ()) if name in names.buffers}

@@ -21,7 +21,7 @@ from engine.format.layout import REPLICATED, Absent, Grid, LogicalTensor, Part
 from engine.format.record import Reference, Typed, decode_record, encode_record
 from engine.state.parts import Held, held, join
 from engine.state.plain import layout_of, local_of, replicated
-from engine.state.shard import Shard, dtype_name, torch_dtype
+from engine.state.shard import Shard, dtype_name, new_tensor, torch_dtype
 from engine.state.source import Piece, Slot
 from engine.state.values import OMIT, SMALL_BYTES, differing, fits, flatten, is_code, is_permuted, refuse, shown, small_array, unflatten
 
@@ -618,7 +618,7 @@ def _zeros(slot: Slot, tensor: LogicalTensor, dtype: torch.dtype, *, local: bool
         mesh = slot.holder.device_mesh
         dims = layout.dims if isinstance(layout, Grid) and len(layout.dims) == mesh.ndim else (REPLICATED,) * mesh.ndim
         return zeros(*tensor.shape, dtype=dtype, device_mesh=mesh, placements=[Replicate() if d == REPLICATED else Cut(d) for d in dims])
-    return torch.zeros(tensor.shape, dtype=dtype, device=slot.holder.device)
+    return new_tensor(tensor, dtype, slot.holder.device)
 
 
 def _moment_dtype(slot: Slot, tensor: LogicalTensor, same_dtype: set[str]) -> torch.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.errors import UsageError
+from engine.format.manifest import Count, StepNumber
 from engine.format.record import EncodedList
 
 
@@ -20,8 +21,8 @@ class Best(msgspec.Struct):
     """The best value of the monitored metric so far, and where it was measured."""
 
     value: float
-    step: int
-    epoch: int
+    step: StepNumber
+    epoch: Count
 
 
 class Follower(Protocol):
@@ -41,13 +42,13 @@ class Progress(msgspec.Struct, dict=True):
     ``history`` may be assigned to, appended to, and have its entries replaced. An entry itself does not change once it is saved.
     """
 
-    epoch: int = 0
-    step: int = 0
-    samples: int = 0
+    epoch: Count = 0
+    step: StepNumber = 0
+    samples: Count = 0
     metrics: dict[str, float] = {}
     history: list[dict[str, float]] = []
     best: Best | None = None
-    stale: int = 0
+    stale: Count = 0
     wandb_run_id: str = ""
 
     def advance(self, samples: int | None = None, *, batches: int = 1) -> None:
@@ -91,6 +92,13 @@ class Progress(msgspec.Struct, dict=True):
 
     def _followers(self) -> list[Follower]:
         return list(vars(self).get("_following", ()))
+
+    def check(self) -> None:
+        """Raise :class:`ValueError` for numbers of a stored progress that training does not reach."""
+        for entry in self.history:
+            _check_entry(entry)
+        if self.best is not None and math.isnan(self.best.value):
+            raise ValueError("the best value is NaN")
 
     def take(self, other: "Progress") -> None:
         """Become ``other``, in place."""
@@ -162,6 +170,8 @@ class History:
             raise UsageError(f"progress takes whole numbers for epoch, step and samples, and numbers for metrics and history: {e}") from e
         if min(epoch, step, samples) < 0:
             raise UsageError(f"progress cannot be negative: epoch {epoch}, step {step}, samples {samples}")
+        if step >= 10**18 or max(epoch, samples) > 2**62:
+            raise UsageError(f"progress cannot be that far: epoch {epoch}, step {step}, samples {samples}. Steps have at most 18 digits")
         if given:
             if self._latest and step <= self._latest[-1]:  # a step that is saved again, perhaps
                 self._follow([entry for entry in self._entries if entry.get("step") != step])
@@ -191,7 +201,9 @@ class History:
                 del column[count:]
             self._encoded = self._encoded[: self._ends[-1] if count else 0]  # a copy: saves in flight have the other
         for entry in history[count:]:
-            self._append(Entry(_numbers(entry)))
+            numbers = _numbers(entry)
+            _check_entry(numbers)
+            self._append(Entry(numbers))
 
     def _append(self, entry: Entry) -> None:
         count = len(self._entries)
@@ -226,6 +238,12 @@ class History:
             if self._best[-1] >= 0:
                 entry = self._entries[self._best[-1]]
                 progress.best = Best(entry[monitor.metric], int(entry.get("step", 0)), int(entry.get("epoch", 0)))
+
+
+def _check_entry(entry: Mapping[str, float]) -> None:
+    for name in ("step", "epoch"):
+        if not 0 <= entry.get(name, 0) < 10**18:
+            raise ValueError(f"an entry of the history has {name} {entry[name]}")
 
 
 def _numbers(given: Mapping[str, float]) -> dict[str, float]:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from msgspec import Struct
 
-from engine.errors import LayoutError, UsageError
-from engine.format.layout import Flat, LogicalTensor, Part
+from engine.errors import CheckpointCorrupt, LayoutError, UsageError
+from engine.format.layout import Absent, Flat, LogicalTensor, Part
 from engine.state.boxes import Box, flat_start, held_boxes, held_interval, held_numel, part_box, shift
 
 _NAMES = {
@@ -99,3 +99,17 @@ def check_shard(shard: Shard, rank: int) -> None:
 
 def _is_expanded(local: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True))
+
+
+def new_tensor(stored: LogicalTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the shape of a stored one, which this run does not know.
+
+    Raises :class:`CheckpointCorrupt` for elements that no file has, or more than memory has room for.
+    """
+    told = f"{stored.name} of shape {list(stored.shape)}"
+    if any(isinstance(part.layout, Absent) for part in stored.parts):
+        raise CheckpointCorrupt(f"{told} is declared absent in part, which only the states of a parameter are")
+    try:
+        return torch.zeros(stored.shape, dtype=dtype, device=device)
+    except RuntimeError as e:
+        raise CheckpointCorrupt(f"{told} has no room in memory: {e}") from e

@@ -5,10 +5,10 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import accumulate, pairwise
 
-from engine.errors import CheckpointCorrupt, CheckpointNotFound, LayoutError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError, LayoutError
 from engine.format.checksum import BLOCK_BYTES, DIGEST_BYTES, block_count
 from engine.format.dtypes import ITEM_BYTES
 from engine.format.layout import Absent, LogicalTensor, Part
@@ -18,20 +18,21 @@ from engine.format.manifest import (
     FileEntry,
     IndexHead,
     Manifest,
+    frozen_index_name,
     open_index,
     read_manifest,
     read_page,
 )
-from engine.format.names import is_misplaced
+from engine.format.names import is_misplaced, name_problem
 from engine.format.safetensors import READ_HEADER_BYTES
 from engine.format.tiling import tiles
 from engine.state.boxes import check_tiling, part_box
 from engine.storage import Reader, Storage
 
-_FROZEN_INDEX = re.compile(r"frozen\.[0-9a-f]{32}\.index")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _MAX_RANKS = 1 << 20
 _MAX_TENSOR_BYTES = 1 << 62
+_SMALL_BYTES = 1 << 28
 _MAX_FILL, _FLOATS = 65504, ("F64", "F32", "F16", "BF16", "C64", "C128")  # all of these hold it; other types are filled with zeros only
 _FEW_PARTS = 16
 """Up to here parts are compared each with each, which can name the two that overlap."""
@@ -78,7 +79,7 @@ class StoredIndex:
     def find(self, tensor: int, offsets: tuple[int, ...]) -> int | None:
         """The number of the chunk at ``offsets`` of a tensor, for :meth:`chunk`."""
         found = self._places.get((tensor, offsets))
-        page = bisect_right(self._firsts, tensor) - 1 if found is None else -1
+        page = self.page_of(tensor) if found is None else -1
         if page < 0 or page in self._pages:
             return found
         self._page(page)
@@ -92,6 +93,10 @@ class StoredIndex:
     def record(self) -> bytes:
         """The rank's own typed record."""
         return self._sealed.page(self.head.record)
+
+    def page_of(self, tensor: int) -> int:
+        """The page that has a tensor's chunks, if any has."""
+        return bisect_right(self._firsts, tensor) - 1
 
     def tensors_of(self, page: int) -> range:
         """The numbers of the tensors that a page may have chunks of."""
@@ -201,6 +206,25 @@ class StoredCheckpoint:
             )
         return found, index.chunk(found)
 
+    def check_backed(self) -> None:
+        """Raise :class:`CheckpointCorrupt` where the tensors would take memory out of proportion to the files that they are read from."""
+        announced = sum(
+            part_box(tensor, part).numel * ITEM_BYTES[tensor.dtype]
+            for tensor in self.manifest.tensors
+            for part in tensor.parts
+            if not isinstance(part.layout, Absent)
+        )
+        if announced > _SMALL_BYTES and announced > 4 * self.size_on_disk():
+            raise CheckpointCorrupt(f"{self.where}: its manifest announces {announced} bytes of tensors, which its files do not have. {REMEDY}")
+
+    def size_on_disk(self) -> int:
+        """Of all files in the step's folder, whatever is said of them."""
+        found = 0
+        for name in self.storage.names(self.folder):
+            with suppress(EngineError, FileNotFoundError), closing(self.storage.open(self.path(name))) as reader:
+                found += reader.size_bytes
+        return found
+
     @property
     def index_bytes_read(self) -> int:
         return sum(index.bytes_read for index in self._indexes.values())
@@ -213,10 +237,17 @@ def _check_manifest(manifest: Manifest, where: str) -> None:
     world_size = manifest.summary.world_size
     if not 1 <= world_size <= len(manifest.indexes) or world_size > _MAX_RANKS or len(manifest.indexes) > 2 * _MAX_RANKS:
         raise CheckpointCorrupt(f"{where}: {len(manifest.indexes)} rank indexes for a world size of {world_size}")
-    odd = [e.name for i, e in enumerate(manifest.indexes) if (i < world_size) != (not e.name) or (e.name and not _FROZEN_INDEX.fullmatch(e.name))]
+    further = manifest.indexes[world_size:]
+    odd = [entry.name for entry in manifest.indexes[:world_size] if entry.name]
+    odd += [entry.name for entry in further if entry.name != frozen_index_name(entry.digest)]
     if odd:
-        raise CheckpointCorrupt(f"{where}: an index named {odd[0]!r}, where that of a rank has no name and others are frozen.<32 digits>.index")
+        raise CheckpointCorrupt(f"{where}: an index named {odd[0]!r}, where that of a rank has no name and others are frozen.<its digest>.index")
+    if len({entry.name for entry in further}) != len(further):
+        raise CheckpointCorrupt(f"{where}: an index is named twice")
     names = {tensor.name for tensor in manifest.tensors}
+    for name in (*names, *manifest.aliases):
+        if problem := name_problem(name):
+            raise CheckpointCorrupt(f"{where}: a tensor is called {name[:200]!r}, {problem}")
     if len(names) != len(manifest.tensors):
         raise CheckpointCorrupt(f"{where}: a tensor is listed twice")
     for alias, name in manifest.aliases.items():

@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from engine.errors import CheckpointNotFound, EngineError
+from engine.errors import CheckpointCorrupt, CheckpointNotFound, EngineError
 from engine.format.checksum import digest
 from engine.format.layout import Absent, LogicalTensor
 from engine.format.manifest import MANIFEST, Chunk, FileEntry
@@ -17,12 +17,11 @@ from engine.format.names import parse_step
 from engine.format.record import decode_record
 from engine.format.safetensors import Entry, as_stored, decode_header
 from engine.format.tiling import Tiling
-from engine.state.boxes import part_box, whole, written_boxes
+from engine.state.boxes import part_box, whole
 from engine.storage import Reader, Storage
+from engine.transfer.promised import CHUNK_BYTES, Boxes, Promised
 from engine.transfer.scan import Bad, Scans
 from engine.transfer.stored import StoredCheckpoint, StoredIndex
-
-Boxes = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 class Problem(Struct, frozen=True):
@@ -59,6 +58,7 @@ def verify(storage: Storage, folder: str, on_bytes: Callable[[int], object] = la
         return [Problem(MANIFEST, f"{_told(e, storage, folder)}. Nothing else can be checked without it")]
     found = _Verification(stored, on_bytes)
     found.check_manifest()
+    found.check_layouts()
     with Scans(storage) as scans:
         for writer in range(len(stored.manifest.indexes)):
             found.check_rank(writer, scans)
@@ -75,6 +75,7 @@ class _Verification:
         self._belong = {MANIFEST}
         self._unread: list[int] = []  # ranks whose index, or a part of it, cannot be read
         self._size_bytes = 0
+        self._promised: Promised | None = None
         self._tiling, self._totals, self._misplaced = Tiling(), [0] * len(self._tensors), set[int]()
 
     def _add(self, file: str, what: str, **more: Any) -> None:
@@ -94,6 +95,16 @@ class _Verification:
         except EngineError as e:
             self._add(file, str(e), rank=rank)
 
+    def check_layouts(self) -> None:
+        """What they promise has room in the indexes that are there."""
+        stored = self._stored
+        sizes = [_size_of(stored.storage, stored.path(stored.manifest.index_name(writer))) for writer in range(len(stored.manifest.indexes))]
+        try:
+            self._promised = Promised(self._tensors, sum(filter(None, sizes)) // CHUNK_BYTES)
+        except CheckpointCorrupt as e:
+            if None not in sizes:  # else some are missing, as is said of each
+                self._add(MANIFEST, str(e))
+
     def check_rank(self, rank: int, scans: Scans) -> None:
         name = self._stored.manifest.index_name(rank)
         self._belong.add(name)
@@ -106,22 +117,25 @@ class _Verification:
         chunks, lost = self._read(index, name, rank)
         self._size_bytes += index.size_bytes
         self._on_bytes(index.size_bytes)
-        self._check_boxes(name, rank, chunks, lost)
+        self._check_boxes(name, rank, chunks, index, lost)
         by_file: list[list[Chunk]] = [[] for _ in index.files]
         for chunk in chunks:
             by_file[chunk.file].append(chunk)
         for file, own in zip(index.files, by_file, strict=True):
-            self._check_file(file, rank, own, not lost, scans)
+            if file.name in self._belong:
+                self._add(file.name, "is listed in the indexes of two ranks", rank=rank)
+            else:
+                self._check_file(file, rank, own, not lost, scans)
 
     def _read(self, index: StoredIndex, name: str, rank: int) -> tuple[list[Chunk], set[int]]:
-        """All chunks, and the tensors of pages that cannot be read."""
+        """All chunks, and the pages that cannot be read."""
         chunks, lost = [], set[int]()
         for number, page in enumerate(index.head.pages):
             try:
                 chunks += index.chunks_of(number)
             except EngineError as e:
                 tensors = index.tensors_of(number)
-                lost.update(tensors)
+                lost.add(number)
                 begin = index.body_at + page.offset
                 about = self._tensors[tensors.start].name + (f" and up to {len(tensors) - 1} more" if len(tensors) > 1 else "")
                 told = _told(e, self._stored.storage, self._stored.folder)
@@ -136,25 +150,23 @@ class _Verification:
             self._unread.append(rank)
         return chunks, lost
 
-    def _check_boxes(self, name: str, rank: int, chunks: Iterable[Chunk], lost: set[int]) -> None:
+    def _check_boxes(self, name: str, rank: int, chunks: Iterable[Chunk], index: StoredIndex, lost: set[int]) -> None:
         """The boxes in an index are those that the manifest's rules give its rank."""
         found: dict[int, Boxes] = {}
         for chunk in chunks:
             found.setdefault(chunk.tensor, []).append((chunk.offsets, chunk.sizes))
             self._totals[chunk.tensor] += self._tiling.number(chunk.offsets, chunk.sizes)
-        for number, tensor in enumerate(self._tensors):
-            if number in lost:
-                continue
-            boxes = [(box.offsets, box.sizes) for part in tensor.parts for box in written_boxes(tensor, part, rank)]
-            listed = found.get(number, [])
-            if boxes != listed and sorted(boxes) != sorted(listed):
+        if self._promised is None:
+            return
+        promised = self._promised.of(rank)
+        for number in sorted(promised.keys() | found.keys()):
+            boxes, listed = promised.get(number, []), found.get(number, [])
+            if boxes != listed and sorted(boxes) != sorted(listed) and index.page_of(number) not in lost:
                 self._misplaced.add(number)
-                self._add(name, _difference(boxes, listed), rank=rank, tensor=tensor.name)
+                self._add(name, _difference(boxes, listed), rank=rank, tensor=self._tensors[number].name)
 
     def _check_file(self, file: FileEntry, rank: int, chunks: list[Chunk], is_all: bool, scans: Scans) -> None:
         """``is_all``: every chunk of the file is known."""
-        if file.name in self._belong:
-            self._add(file.name, "is listed in the indexes of two ranks", rank=rank)
         self._belong.add(file.name)
         self._size_bytes += file.size_bytes
         path = self._stored.path(file.name)
@@ -180,7 +192,8 @@ class _Verification:
             for b in bad:
                 self._add(file.name, b.why, rank=rank, tensor=self._tensors[b.chunk.tensor].name, begin=b.begin, end=b.end)
 
-        scans.start(path, chunks, done)
+        if sum(chunk.nbytes for chunk in chunks) <= file.size_bytes:  # else some overlap: bytes are not read again for each
+            scans.start(path, chunks, done)
 
     def _check_places(self, file: FileEntry, rank: int, chunks: Iterable[Chunk]) -> None:
         """Chunks fill their file: no gap, no overlap, nothing left over."""
@@ -212,6 +225,15 @@ class _Verification:
                 self._add(name, "does not belong to this step: nothing refers to it")
         if self._size_bytes != self._stored.manifest.summary.size_bytes and not self._unread:
             self._add(MANIFEST, f"says {self._stored.manifest.summary.size_bytes} bytes for indexes and shards that have {self._size_bytes}")
+
+
+def _size_of(storage: Storage, path: str) -> int | None:
+    """None where it cannot be opened."""
+    try:
+        with closing(storage.open(path)) as reader:
+            return reader.size_bytes
+    except (EngineError, FileNotFoundError):
+        return None
 
 
 def _told(error: EngineError, storage: Storage, folder: str) -> str:
@@ -263,13 +285,15 @@ def _joined(problems: Iterable[Problem]) -> list[Problem]:
 
 def _with_links(problems: list[Problem], storage: Storage, folder: str) -> list[Problem]:
     """Names the other steps that have the same file, not a copy of it: they have the same problem."""
-    shared: dict[str, tuple[str, ...]] = {}
-    for name in {problem.file for problem in problems}:
-        found = _identity(f"{storage.root}/{folder}/{name}")
-        if folder and found is not None and found[1] > 1:
-            others = (other for other in storage.names("") if parse_step(other) is not None and other != folder)
-            shared[name] = tuple(sorted(o for o in others if any(_identity(f"{storage.root}/{o}/{n}") == found for n in storage.names(o))))
-    return [replace(p, shared_with=shared.get(p.file, ())) for p in problems]
+    names = {problem.file for problem in problems} if folder else ()
+    linked = {found: name for name in names if (found := _identity(f"{storage.root}/{folder}/{name}")) is not None and found[1] > 1}
+    shared: dict[str, set[str]] = {}
+    for other in storage.names("") if linked else ():
+        if parse_step(other) is not None and other != folder:
+            for found in (_identity(f"{storage.root}/{other}/{name}") for name in storage.names(other)):
+                if found in linked:
+                    shared.setdefault(linked[found], set()).add(other)
+    return [replace(p, shared_with=tuple(sorted(shared.get(p.file, ())))) for p in problems]
 
 
 def _identity(path: str) -> tuple[tuple[int, int], int] | None:
