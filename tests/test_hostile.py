@@ -204,7 +204,7 @@ def test_parts_are_looked_up_by_their_rows(step, tmp_path):
         ]
         return lambda manifest: manifest["tensors"].append(["model.t", "F32", [count, count], parts])
 
-    other = Path(shutil.copytree(step, tmp_path / "run" / "step_00000002"))
+    other = Path(shutil.copytree(step, tmp_path / "other" / "step_00000001"))
     forge(step, of(True, 0.0))
     forge(other, of(True, 1.0))
     began = time.process_time()
@@ -225,7 +225,7 @@ def test_values_of_param_groups_are_not_compared_for_each_parameter(step, tmp_pa
             }
         ]
 
-    other = Path(shutil.copytree(step, tmp_path / "run" / "step_00000002"))
+    other = Path(shutil.copytree(step, tmp_path / "other" / "step_00000001"))
     record(step, grow)
     assert seconds(lambda: main(["diff", str(step), str(other)])) < 4
     record(
@@ -237,7 +237,7 @@ def test_values_of_param_groups_are_not_compared_for_each_parameter(step, tmp_pa
 
 
 def test_a_long_key_is_not_repeated_in_every_path_below_it(step, tmp_path, capsys):
-    other = Path(shutil.copytree(step, tmp_path / "run" / "step_00000002"))
+    other = Path(shutil.copytree(step, tmp_path / "other" / "step_00000001"))
     record(
         step,
         lambda value: value["config"].update({"k" * 100_000: {str(i): i for i in range(10_000)}}),

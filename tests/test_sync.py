@@ -186,7 +186,7 @@ def test_after_rounds_that_were_given_up_a_late_rank_finds_each_decision_and_all
         if ranks.rank == 2:
             late.wait(60)
         for _ in range(2):
-            with pytest.raises(PeerError, match=r"ranks \[2\] did not report"):
+            with pytest.raises(PeerError, match="did not report"):
                 ranks.gather("save", lambda: None)
         if ranks.rank == 0:
             late.set()

@@ -9,12 +9,8 @@ from engine.storage.base import REMOVED, REPLACED
 LATEST = "latest"
 BEST = "best"
 RUN_FILE = "run.json"
-<<<<<<< HEAD
-=======
-LEASE = ".lease"
 METADATA = "__metadata__"
 MAX_NAME_CHARACTERS = 1 << 16
->>>>>>> hostile
 _STEP = re.compile(r"step_(\d{8,18})")
 _LEASE = re.compile(r"\.lease_(\d{8,18})")
 _FENCED = re.compile(r"\.fenced_[0-9a-f]{16}")
