@@ -1,5 +1,6 @@
 """Staging: the copy of a rank's state that its writer process reads. All that training waits for is the copy into it."""
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -52,9 +53,13 @@ class StagingImage:
     def forget(self) -> None:
         """In a fork, which has no such memory: where it was, something else may be by now, and must not be unmapped in its place."""
         if self.fd >= 0:
-            os.close(self.fd)
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))  # so it is never collected, which would close a descriptor, too
+            own = os.fstat(self.fd)
+            for name in os.listdir("/proc/self/fd"):  # the map has a duplicate of its own
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.fstat(int(name)), own):
+                        os.close(int(name))
             self.fd = -1
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._map))  # so it is never collected
 
 
 _images: "weakref.WeakSet[StagingImage]" = weakref.WeakSet()

@@ -33,7 +33,7 @@ def test_members_may_be_named_in_any_order(pools: Pools, tmp_path):
 
 def test_a_save_on_one_rank_alone_says_that_every_rank_must_call_it(pools: Pools, tmp_path):
     message, _ = pools[2].run(agreement.save_on_rank_0_alone, str(tmp_path))
-    assert "ranks [1] are at 'leave' while rank 0 is at 'save step_00000001'; every rank must make the same calls in the same order" in message
+    assert "ranks [1] are at 'leave' while rank 0 is at 'save step_00000001: take the run'; every rank must make the same calls in the same order" in message
     message, _ = pools[2].run(agreement.save_at_different_steps, str(tmp_path))
     assert "ranks [1] are at another [epoch, step, samples] than rank 0 ([0, 2, 0] and [0, 1, 0])" in message
 

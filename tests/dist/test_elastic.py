@@ -15,7 +15,7 @@ from tests.now import Checkpointer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("call", "at"), [("create", 6), ("rename", 2)], ids=["before its manifest", "before its rename"])
+@pytest.mark.parametrize(("call", "at"), [("create", 9), ("rename", 2)], ids=["before its manifest", "before its rename"])
 def test_an_orphan_of_the_first_incarnation_cannot_commit(tmp_path, call, at):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     # Without this torchrun starts a job anew on the store of the last one, and gloo may connect to ranks that are dead: pytorch#135712.

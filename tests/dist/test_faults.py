@@ -10,7 +10,7 @@ from engine.storage import LocalStorage
 from tests.dist import jobs
 
 
-@pytest.mark.parametrize(("failing", "call"), [(0, "create"), (1, "create"), (2, "sync_folder"), (0, "publish"), (0, "make_folder")])
+@pytest.mark.parametrize(("failing", "call"), [(0, "create"), (1, "create"), (2, "sync_folder"), (0, "publish"), (0, "claim_folder")])
 def test_a_failing_rank_fails_all_and_leaves_nothing_torn(pools: Pools, tmp_path, failing, call):
     found = pools[3].run(jobs.save_with_a_failing_rank, str(tmp_path), failing, call)
     for rank, result in enumerate(found):
