@@ -126,9 +126,10 @@ def test_a_fork_has_neither_socket_nor_images(tmp_path):
 
 
 def test_a_writer_that_cannot_be_killed_is_left_and_said(tmp_path, monkeypatch):
-    checkpointer = Checkpointer(tmp_path, model(1), timeout_seconds=2)
+    checkpointer = Checkpointer(tmp_path, model(1))
     assert saved(checkpointer, 1) == "saved"
     writer = checkpointer._saves._process
+    writer._timeout_seconds = 2
     monkeypatch.setattr(process, "_END_SECONDS", 0.1)
     monkeypatch.setattr(writer._process, "kill", lambda: None)  # as one that waits for a dead device
     os.kill(writer.pid, signal.SIGSTOP)

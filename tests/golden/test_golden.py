@@ -74,7 +74,7 @@ def test_it_resumes_on_one_rank_under_no_engine(run):
     members = {"generator": generator, "critic": critic}
     optimizers = {name: torch.optim.AdamW(module.parameters(), lr=1.0) for name, module in members.items()}
     pairs = {name: (members[name], optimizers[name]) for name in members}
-    progress = Checkpointer(run, average=average, data=data, **pairs).resume()
+    progress = Checkpointer(run, read_only=True, average=average, data=data, **pairs).resume()
     assert (progress.epoch, progress.step, progress.samples, progress.metrics) == (1, 2, 8, {"val_loss": 0.25})
     found = {"average.shadow": average.state["shadow"], "generator.buffers.scale": generator.scale}
     for name, module in members.items():

@@ -28,10 +28,13 @@ def play(counted, act, value=None):
     """Rounds of a job whose other ranks report ``value``; ``act`` is rank 0's part in them, one after the other."""
     others, ranks = [Ranks(rank, WORLD, counted[rank]) for rank in range(1, WORLD)], Ranks(0, WORLD, counted[0])
     for one in act:
-        prefixes = [rank._report("save", sync._Report("save", value)) for rank in others]
+        for rank in others:
+            rank._number += 1
+            rank._report("save", sync._Report("save", value))
         one(ranks)
-        for rank, prefix in zip(others, prefixes, strict=True):
-            rank._outcome("save", prefix, lambda values: values)
+        for rank in others:
+            rank._await(rank.timeout_seconds, False)
+            rank._tidy()
 
 
 def test_a_round_costs_a_rank_four_messages(counted):
@@ -39,7 +42,15 @@ def test_a_round_costs_a_rank_four_messages(counted):
     for store in counted[1:]:
         assert store.calls == dict.fromkeys(("set", "check", "get", "delete_key"), 3)
     assert counted[0].calls["check"] == 3, "all reports were there: one look"
-    assert counted[0].calls["set"] == counted[0].calls["compare_set"] == 3
+    assert counted[0].calls["compare_set"] == 3
+    assert counted[0].calls["set"] == 0, "its own report does not travel"
+
+
+def test_a_claim_costs_rank_0_one_message_and_the_others_none(counted):
+    play(counted, [lambda ranks: ranks.round("save", lambda: 0, lambda values: values, changes="committed")] * 3)
+    for store in counted[1:]:
+        assert store.calls == dict.fromkeys(("set", "check", "get", "delete_key"), 3)
+    assert counted[0].calls["compare_set"] == counted[0].calls["set"] == 3, "the claim, and how it ended"
 
 
 def test_what_only_rank_0_needs_does_not_travel_to_all(counted):
@@ -59,7 +70,7 @@ def test_waiting_ranks_together_look_a_bounded_number_of_times_a_second(world, m
 
     monkeypatch.setattr(sync.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sync.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
-    assert not Ranks(world - 1, world, Never())._wait(["decision"], 60.0)
+    assert not Ranks(world - 1, world, Never())._wait(["decision"], 60.0, {})
     later = statistics.mean(looks[second] for second in range(30, 60))
     assert later * (world - 1) <= max(1.05 * sync._LOOKS_A_SECOND, 11 * world if world <= 1000 else 0)
     assert sum(looks.values()) > 5, "still looks often enough to notice"
