@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-BENCHMARKS := tiny_tensors memory stall interference throughput reshard incremental frozen_vocab attach sampler state_fuzz hostile interleavings crash matrix
+BENCHMARKS := tiny_tensors memory stall interference throughput reshard incremental frozen_vocab attach sampler state_fuzz hostile crash matrix
 
 .PHONY: setup demo test check bench kernels clean
 
