@@ -37,7 +37,7 @@ def take(storage: Storage) -> str:
         who = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         write_whole(storage, f"{lease}/{HOLDER}", json.dumps(who).encode() + b"\n")
     for token in _tokens(storage):
-        if lease_name(token) < lease:
+        if token < _token(lease):
             with contextlib.suppress(FileNotFoundError):  # a different job takes the run too
                 storage.rename(lease_name(token), fenced_name())
     sweep(storage)
@@ -61,6 +61,12 @@ def _tokens(storage: Storage) -> list[int]:
     return [token for name in storage.names("") if (token := parse_lease(name)) is not None]
 
 
+def _token(lease: str) -> int:
+    token = parse_lease(lease)
+    assert token is not None
+    return token
+
+
 @contextlib.contextmanager
 def held(storage: Storage, lease: str) -> Iterator[None]:
     """What fails in this block because the lease is lost is a :class:`StorageError` that says who has the run now."""
@@ -79,7 +85,7 @@ def _loss(storage: Storage, lease: str) -> StorageError:
             "move it back and restart the job"
         )
     later = max(_tokens(storage), default=0)
-    if lease_name(later) <= lease:
+    if later <= _token(lease):
         return StorageError(
             f"{storage.root}/{lease}, this job's lease of the run, is gone, and no other job has taken the run: it was deleted, or the folder is "
             "a copy. Restart the job to save into it"
