@@ -244,3 +244,31 @@ def test_a_relative_root_is_fixed_at_once(tmp_path, monkeypatch):
     storage = LocalStorage("runs/a")
     monkeypatch.chdir("/")
     assert storage.root == str(tmp_path / "runs/a")
+
+
+def test_a_link_in_the_place_of_a_folder_is_not_written_through(storage, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    storage.make_folder("a")
+    os.symlink(outside, storage.path("a/b"))
+    acts = [
+        lambda: storage.create("a/b/x"),
+        lambda: storage.claim_folder("a/b/c"),
+        lambda: storage.make_folder("a/b/c"),
+        lambda: storage.point("latest", "text", "a/b"),
+        lambda: storage.remove("a/b/x"),
+    ]
+    for act in acts:
+        with pytest.raises(StorageError, match="a link"):
+            act()
+    assert list(outside.iterdir()) == []
+    assert storage.names("") == ["a"]
+
+
+def test_inodes_that_are_used_up_are_not_called_a_full_disk(storage, monkeypatch):
+    storage.make_folder("a")
+    found = os.statvfs(storage.root)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*found[:7], 0, *found[8:10]]))
+    monkeypatch.setattr(os, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    with pytest.raises(StorageError, match="no inodes are left, though there may be room"):
+        storage.claim_folder("a/b")
